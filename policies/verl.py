@@ -1,0 +1,112 @@
+"""VERL-style static scheduling: every GPU is held for the whole job and takes each stage in turn.
+
+Source: HybridFlow (arXiv 2409.19256) and verl's colocated trainer: engines and trainer share all GPUs, prompts go to
+the engines in contiguous data-parallel chunks of whole groups, and a barrier separates the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from simrl.policies.contract import (
+    Assign,
+    Decision,
+    Learn,
+    Observation,
+    Prepare,
+    Prompt,
+    Role,
+    StageFinished,
+    Start,
+    StepStarted,
+    Subscribe,
+    Sync,
+)
+
+COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")
+
+
+class Verl:
+    """Colocated, static, with a barrier between the stages."""
+
+    class Params(BaseModel):
+        """Parameters of `verl`.
+
+        Attributes:
+            dispatch: `chunks`: contiguous chunks of equally many prompts, verl's default; `least_loaded`: each group
+                to the engine with the fewest prompt tokens so far.
+        """
+
+        model_config = ConfigDict(frozen=True, extra="forbid")
+        dispatch: Literal["chunks", "least_loaded"] = "chunks"
+
+    def __init__(self, params: Params | None = None) -> None:
+        self.params = params or self.Params()
+        self.functions: tuple[str, ...] = ()
+
+    def decide(self, observation: Observation) -> Sequence[Decision]:
+        """Each stage on all functions as soon as the one before is finished."""
+        decisions: list[Decision] = []
+        if not self.functions:
+            starts = start_everywhere(observation)
+            self.functions = tuple(start.function for start in starts)
+            decisions += [*starts, Subscribe(StageFinished("generation")), Subscribe(StageFinished("preparation"))]
+        for event in observation.events:
+            match event:
+                case StepStarted(prompts=prompts):
+                    decisions += [Sync(self.functions), *self.assign(prompts)]
+                case StageFinished(stage="generation"):
+                    decisions.append(Prepare(self.functions, observation.unprepared))
+                case StageFinished(stage="preparation"):
+                    decisions.append(Learn(self.functions))
+        return decisions
+
+    def assign(self, prompts: Sequence[Prompt]) -> list[Decision]:
+        """Whole groups to engines."""
+        if self.params.dispatch == "chunks":
+            shares = chunks(prompts, len(self.functions))
+        else:
+            shares = least_loaded(prompts, len(self.functions))
+        pairs = zip(self.functions, shares, strict=True)
+        return [Assign(function, responses_of(share)) for function, share in pairs if share]
+
+
+def start_everywhere(observation: Observation, roles: tuple[Role, ...] = COLOCATED) -> list[Start]:
+    """One engine-sized function after the other until every GPU is leased.
+
+    Raises:
+        ValueError: the engines' size does not divide a node.
+    """
+    gpus = observation.engine.tensor_parallel
+    starts = []
+    for node in observation.nodes:
+        if node.gpus % gpus:
+            raise ValueError(f"engine.tensor_parallel={gpus} must divide the {node.gpus} GPUs of a node")
+        starts += [Start(f"worker-{node.index}-{i}", gpus, roles, node.index) for i in range(node.gpus // gpus)]
+    return starts
+
+
+def chunks(prompts: Sequence[Prompt], parts: int) -> list[Sequence[Prompt]]:
+    """Contiguous parts whose sizes differ by at most one."""
+    size, longer = divmod(len(prompts), parts)
+    bounds = [i * size + min(i, longer) for i in range(parts + 1)]
+    return [prompts[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def least_loaded(prompts: Sequence[Prompt], parts: int) -> list[list[Prompt]]:
+    """Each prompt to the part with the fewest prompt tokens; the first of equals."""
+    shares: list[list[Prompt]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for prompt in prompts:
+        lightest = loads.index(min(loads))
+        shares[lightest].append(prompt)
+        loads[lightest] += prompt.tokens
+    return shares
+
+
+def responses_of(prompts: Sequence[Prompt]) -> tuple[int, ...]:
+    """All response ids of *prompts*, group by group."""
+    return tuple(response for prompt in prompts for response in prompt.responses)

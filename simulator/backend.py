@@ -1,0 +1,642 @@
+"""`SimulatedBackend`: carries out a policy's decisions on a simulated cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import simpy
+
+from simrl.policies.contract import (
+    ROLES,
+    STAGES,
+    Assign,
+    At,
+    CompletionRatio,
+    Completions,
+    Decision,
+    Event,
+    FinishedStep,
+    FunctionIdle,
+    InvalidDecision,
+    Learn,
+    Migrate,
+    Park,
+    PolicyStalled,
+    Prepare,
+    Prompt,
+    Release,
+    Role,
+    Stage,
+    StageFinished,
+    Start,
+    State,
+    StepStarted,
+    Subscribe,
+    Sync,
+    Trigger,
+    UnfinishedBelow,
+    Wake,
+)
+from simrl.simulator.cluster import GpuPool, Network
+from simrl.simulator.costs import Costs, DoesNotFit
+from simrl.simulator.engine import Request
+from simrl.simulator.function import Gang, Rollout, SimFunction, World
+from simrl.simulator.view import View
+from simrl.traces.records import Recorder
+
+IDLE_CALLS_BEFORE_STALL = 1000  # a policy may subscribe to At(...) and wait; it may not wait for ever
+"""Times a policy may be asked while nothing runs and do nothing before it counts as stalled."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What nature has in store for a step: the prompts, and lengths that only the backend knows.
+
+    Attributes:
+        epoch: Pass over the data set.
+        prompt_ids: One a prompt.
+        prompt_tokens: One a prompt.
+        response_tokens: A row a prompt, a column a sample.
+        truncated: The same shape: the response ran into the cap.
+    """
+
+    epoch: int
+    prompt_ids: Sequence[int | str]
+    prompt_tokens: Sequence[int]
+    response_tokens: Sequence[Sequence[int]]
+    truncated: Sequence[Sequence[bool]]
+
+
+@dataclass(slots=True, eq=False)
+class StepState:
+    """An open step."""
+
+    step: int
+    epoch: int
+    prompts: tuple[Prompt, ...]
+    rollouts: list[Rollout]
+    started_s: float
+    unfinished: int
+    unprepared: int
+    learning: bool = False
+    spans: dict[Stage, tuple[float, float]] = field(default_factory=dict)
+    fired: set[Trigger] = field(default_factory=set)
+
+
+class SimulatedBackend:
+    """A simulated cluster that trains for `job.steps` steps.
+
+    Args:
+        costs: What things take on this cluster; knows the job.
+        work: The work of a step, by its number.
+        recorder: Gets every fact of the run.
+        seed: Root of the random streams (cold-start times).
+        on_step: Called with the number of learned steps, for progress.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        work: Callable[[int], StepWork],
+        recorder: Recorder,
+        seed: int,
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
+        self.costs, self.job = costs, costs.job
+        self._work, self._recorder, self._seed, self._on_step = work, recorder, seed, on_step
+        self.policy_wall_s = 0.0
+
+    # --- the Backend protocol ---
+
+    def reset(self) -> View:
+        """Begin the job at time 0 with an empty cluster."""
+        costs = self.costs
+        self.env = simpy.Environment()
+        self.pool = GpuPool(self.env, costs.nodes, costs.node)
+        self.network = Network(self.env, self.pool.nodes, costs)
+        self.functions: dict[str, SimFunction] = {}
+        self.steps: dict[int, StepState] = {}
+        self.rollouts: dict[int, Rollout] = {}
+        self.history: list[FinishedStep] = []
+        self.version = 0
+        self._world = World(
+            self.env, costs, self.pool, self.network, self._recorder, self._seed, self, self.learner_world
+        )
+        self.unassigned: dict[int, None] = {}
+        self.unprepared: dict[int, None] = {}
+        self._subscriptions: dict[Trigger, None] = {}
+        self._events: list[Event] = []
+        self._planned: dict[str, str] = {}  # awake | parked | gone, once queued tasks are done
+        self.planned_version: dict[str, int] = {}
+        self._learned: dict[int, simpy.Event] = {}
+        self._shards_placed = False
+        self._completions = 0
+        self._next_step = 0
+        self._idle_calls = 0
+        self._over = False
+        self._open_steps()
+        return self._observe()
+
+    def advance(self, decisions: Sequence[Decision]) -> View | None:
+        """Carry out *decisions*, then run until a trigger fires."""
+        self.policy_wall_s += time.perf_counter() - self._asked_wall_s
+        self._view.expire()
+        if self._over:
+            raise RuntimeError("the job is over: reset() begins a new one")
+        for decision in decisions:
+            self._carry_out(decision)
+        self._check_memory(decision for decision in decisions if isinstance(decision, Start))
+        self._check_progress(decisions)
+        while not self._events and not self._over:
+            if self.env.peek() == float("inf"):
+                raise PolicyStalled(self._stall_report())
+            self.env.step()
+        while not self._over and self.env.peek() == self.env.now:
+            self.env.step()  # all that happens at this moment is told at once
+        if self._over:
+            for function in self.functions.values():
+                function.close()
+            return None
+        return self._observe()
+
+    def _observe(self) -> View:
+        events, self._events = tuple(self._events), []
+        self._view = View(self, events)
+        self._asked_wall_s = time.perf_counter()
+        return self._view
+
+    def _check_memory(self, starts: Iterable[Start]) -> None:
+        """Refuse functions that cannot fit; after all starts of a moment, since learners share their state."""
+        for start in starts:
+            world = self.learner_world() if "learn" in start.roles else None
+            try:
+                self.costs.check_fit(start.gpus, start.roles, world)
+            except DoesNotFit as error:
+                raise InvalidDecision(start, str(error), "what fits on its GPUs") from error
+
+    def _check_progress(self, decisions: Sequence[Decision]) -> None:
+        acted = any(not isinstance(decision, Subscribe) for decision in decisions)
+        running = any(f.state in (State.BUSY, State.STARTING) for f in self.functions.values())
+        self._idle_calls = 0 if acted or running else self._idle_calls + 1
+        if self._idle_calls > IDLE_CALLS_BEFORE_STALL:
+            raise PolicyStalled(self._stall_report())
+
+    def _stall_report(self) -> str:
+        states: dict[str, int] = {}
+        for function in self.functions.values():
+            waits = function.state is State.STARTING and not function.gpu_ids
+            state = "waiting for GPUs" if waits else str(function.state)
+            states[state] = states.get(state, 0) + 1
+        unfinished = sum(step.unfinished for step in self.steps.values())
+        unprepared = sum(step.unprepared for step in self.steps.values())
+        shown = ", ".join(f"{count} {state}" for state, count in states.items() if state != "gone") or "none"
+        return (
+            f"policy stalled at {self.env.now:.1f} s in step {max(self.steps)}: nothing runs and no trigger is due;"
+            f" {len(self.unassigned)} responses unassigned, {unfinished} unfinished, {unprepared} unprepared;"
+            f" functions: {shown}"
+        )
+
+    # --- steps ---
+
+    def _open_steps(self) -> None:
+        """Offer the prompts of every step that the job's staleness allows."""
+        while self._next_step < self.job.steps and self._next_step <= self.version + self.job.max_staleness:
+            self._open_step(self._next_step)
+            self._next_step += 1
+
+    def _open_step(self, step: int) -> None:
+        work = self._work(step)
+        samples = self.job.responses_per_prompt
+        first_id = step * self.job.responses_per_step
+        prompts, rollouts = [], []
+        for row, (prompt_id, tokens) in enumerate(zip(work.prompt_ids, work.prompt_tokens, strict=True)):
+            group = first_id + row * samples
+            lengths, truncated = work.response_tokens[row], work.truncated[row]
+            for sample in range(samples):
+                request = Request(group + sample, group, tokens, lengths[sample])
+                rollouts.append(Rollout(request, step, prompt_id, sample, truncated[sample]))
+            prompts.append(Prompt(prompt_id, tokens, tuple(range(group, group + samples))))
+        total = len(rollouts)
+        state = StepState(step, work.epoch, tuple(prompts), rollouts, self.env.now, total, total)
+        self.steps[step] = state
+        for rollout in rollouts:
+            self.rollouts[rollout.request.response_id] = rollout
+        self.unassigned.update(dict.fromkeys(range(first_id, first_id + total)))
+        self._events.append(StepStarted(step, state.prompts))
+
+    def _close_step(self, state: StepState) -> None:
+        record = self._recorder
+        for rollout in state.rollouts:
+            request = rollout.request
+            record.samples.append((
+                request.response_id, state.step, state.epoch, rollout.prompt_id, rollout.sample, request.prompt_tokens,
+                request.generated, rollout.truncated, rollout.function, rollout.weights_version, rollout.assigned_s,
+                rollout.finished_s, rollout.prepared_s, rollout.migrations, request.computed_tokens,
+                request.cached_tokens,
+            ))  # fmt: skip
+            del self.rollouts[request.response_id]
+        for stage in STAGES:
+            if stage in state.spans:
+                record.phases.append((state.step, state.epoch, stage, *state.spans[stage]))
+        record.phases.append((state.step, state.epoch, "step", state.started_s, self.env.now))
+        samples = self.job.responses_per_prompt
+        lengths = [rollout.request.generated for rollout in state.rollouts]
+        finished = FinishedStep(
+            step=state.step,
+            epoch=state.epoch,
+            prompt_ids=tuple(prompt.prompt_id for prompt in state.prompts),
+            response_tokens=tuple(tuple(lengths[i : i + samples]) for i in range(0, len(lengths), samples)),
+            started_s=state.started_s,
+            stage_s=MappingProxyType({stage: end - start for stage, (start, end) in state.spans.items()}),
+            ended_s=self.env.now,
+        )
+        self.history.append(finished)
+        del self.steps[state.step]
+        for function in self.functions.values():
+            function.assigned_by_step.pop(state.step, None)
+
+    # --- what functions report (Listener) ---
+
+    def ready(self, function: SimFunction) -> None:
+        """Fresh weights came with the start."""
+
+    def idle(self, function: SimFunction, after: str) -> None:
+        """Tell those who asked."""
+        if FunctionIdle() in self._subscriptions or FunctionIdle(function.name) in self._subscriptions:
+            self._events.append(FunctionIdle(function.name, after))
+
+    def generating(self, steps: set[int]) -> None:
+        """Generation of these steps has begun."""
+        for step in steps:
+            self.steps[step].spans.setdefault("generation", (self.env.now, self.env.now))
+
+    def stage_active(self, stage: Stage, step: int, start_s: float) -> None:
+        """Widen the stage's span."""
+        if step in self.steps:
+            spans = self.steps[step].spans
+            first_s = min(start_s, spans[stage][0]) if stage in spans else start_s
+            spans[stage] = (first_s, self.env.now)
+
+    def rollouts_finished(self, function: SimFunction, requests: Sequence[Request]) -> None:
+        """Book finished responses and fire triggers."""
+        by_function: dict[str, None] = {}
+        touched: dict[int, None] = {}
+        for request in requests:
+            rollout = self.rollouts[request.response_id]
+            assert rollout.function is not None
+            assert rollout.finished_s is None, "a response finished twice"
+            owner = self.functions[rollout.function]
+            if owner is not function:  # finished in the very iteration after which it was to leave
+                assert rollout.serving is not None
+                rollout.serving.expected -= 1
+                rollout.function, rollout.migrations = function.name, rollout.migrations - 1
+                self._count(owner, rollout.step, -1)
+                self._count(function, rollout.step, +1)
+                owner.poke()
+            del owner.unfinished[request.response_id]
+            rollout.finished_s = self.env.now
+            self.unprepared[request.response_id] = None
+            state = self.steps[rollout.step]
+            state.unfinished -= 1
+            touched[rollout.step] = None
+            by_function[function.name] = None
+        for step in touched:
+            self.stage_active("generation", step, self.env.now)
+            if not self.steps[step].unfinished:
+                self._stage_finished("generation", step)
+        if self._subscriptions:
+            self._completion_triggers(len(requests), touched, function)
+
+    def _completion_triggers(self, count: int, steps: Iterable[int], function: SimFunction) -> None:
+        before, self._completions = self._completions, self._completions + count
+        for trigger in self._subscriptions:
+            if isinstance(trigger, Completions):
+                if before // trigger.every != self._completions // trigger.every:
+                    self._events.append(trigger)
+            elif isinstance(trigger, UnfinishedBelow):
+                oldest = self.steps[min(self.steps)]
+                if oldest.unfinished < trigger.count:
+                    self._fire_once(oldest, trigger)
+            elif isinstance(trigger, CompletionRatio) and trigger.function in (None, function.name):
+                for step in steps:
+                    if self._ratio(self.steps[step], trigger.function) >= trigger.ratio:
+                        self._fire_once(self.steps[step], trigger)
+
+    def _ratio(self, state: StepState, function: str | None) -> float:
+        if function is None:
+            return 1 - state.unfinished / len(state.rollouts)
+        own = self.functions[function]
+        assigned = own.assigned_by_step[state.step]
+        unfinished = sum(rollout.step == state.step for rollout in own.unfinished.values())
+        return 1 - unfinished / assigned if assigned else 1.0
+
+    def _fire_once(self, state: StepState, trigger: Trigger) -> None:
+        if trigger not in state.fired:
+            state.fired.add(trigger)
+            self._events.append(trigger)
+
+    def prepared(self, rollouts: Sequence[Rollout]) -> None:
+        """Book prepared responses."""
+        for rollout in rollouts:
+            rollout.prepared_s = self.env.now
+            state = self.steps[rollout.step]
+            state.unprepared -= 1
+            if not state.unprepared:
+                self._stage_finished("preparation", rollout.step)
+
+    def learned(self) -> None:
+        """The oldest learning step is done: its weights are the newest, and further steps may open."""
+        state = next(state for state in self.steps.values() if state.learning)
+        self._stage_finished("learning", state.step)
+        self.version += 1
+        self._close_step(state)
+        if self._on_step is not None:
+            self._on_step(self.version)
+        self._learned[self.version].succeed()
+        self._over = self.version == self.job.steps
+        if not self._over:
+            self._open_steps()
+
+    def _stage_finished(self, stage: Stage, step: int) -> None:
+        if StageFinished(stage) in self._subscriptions:
+            self._events.append(StageFinished(stage, step))
+
+    # --- decisions ---
+
+    def _carry_out(self, decision: Decision) -> None:
+        handler = self._HANDLERS.get(type(decision))
+        if handler is None:
+            names = ", ".join(kind.__name__ for kind in self._HANDLERS)
+            raise InvalidDecision(decision, "it is not a decision", names)
+        handler(self, decision)
+        if not isinstance(decision, Subscribe):
+            self._recorder.decisions.append(self._decision_row(decision))
+
+    def _decision_row(self, decision: Decision) -> tuple[object, ...]:
+        functions = getattr(decision, "functions", None) or (getattr(decision, "function", None) or decision.target,)  # type: ignore[union-attr]
+        detail = {
+            Start: lambda d: f"gpus={d.gpus} roles={'+'.join(d.roles)}",
+            Assign: lambda d: f"prefix_from={d.prefix_from}" if d.prefix_from else "",
+            Migrate: lambda d: f"with_kv={d.with_kv}",
+        }.get(type(decision), lambda d: "")(decision)
+        responses = len(getattr(decision, "responses", ()))
+        return (self.env.now, self._next_step - 1, type(decision).__name__, ",".join(functions), responses, detail)
+
+    def learner_world(self) -> int:
+        """GPUs over which the learner's state is sharded."""
+        return sum(f.gpus for f in self.functions.values() if "learn" in f.roles and f.state is not State.GONE)
+
+    def _function(self, decision: Decision, name: str, role: Role | tuple[Role, ...] | None = None) -> SimFunction:
+        """The function called *name*, awake or starting, with *role* or one of several."""
+        planned = self._planned.get(name)
+        if planned is None or planned == "gone":
+            known = [n for n, state in self._planned.items() if state != "gone"]
+            raise InvalidDecision(decision, f"there is no function {name!r}", _some(known) or "Start it first")
+        function = self.functions[name]
+        wanted = (role,) if isinstance(role, str) else role
+        if wanted and not set(wanted) & set(function.roles):
+            having = [n for n, f in self.functions.items() if set(wanted) & set(f.roles) and self._planned[n] != "gone"]
+            reason = f"{name!r} has no {' or '.join(wanted)} role, it has {', '.join(function.roles)}"
+            raise InvalidDecision(decision, reason, _some(having) or f"Start one with the role {wanted[0]}")
+        if role is not None and planned == "parked":
+            raise InvalidDecision(decision, f"{name!r} is parked", "Wake it first")
+        return function
+
+    def _start(self, decision: Start) -> None:
+        per_node = self.costs.node.gpus
+        if self._planned.get(decision.function, "gone") != "gone":
+            raise InvalidDecision(decision, f"{decision.function!r} exists already", "another name")
+        if not 1 <= decision.gpus <= per_node:
+            raise InvalidDecision(
+                decision, f"{decision.gpus} GPUs on one node, which has {per_node}", f"1 to {per_node} GPUs a function"
+            )
+        if not decision.roles or not set(decision.roles) <= set(ROLES):
+            raise InvalidDecision(decision, f"roles {decision.roles!r}", f"one or more of {', '.join(ROLES)}")
+        if decision.node is not None and not 0 <= decision.node < self.costs.nodes:
+            raise InvalidDecision(decision, f"there is no node {decision.node}", f"0 to {self.costs.nodes - 1}")
+        if "learn" in decision.roles and self._shards_placed:
+            raise InvalidDecision(
+                decision, "the learner's shards are placed", "roles without learn after the first Learn"
+            )
+        function = SimFunction(self._world, decision.function, decision.gpus, decision.roles, decision.node)
+        function.version = self.version  # a start loads the newest weights
+        self.functions[decision.function] = function
+        self._planned[decision.function] = "awake"
+        self.planned_version[decision.function] = self.version
+
+    def _park(self, decision: Park) -> None:
+        function = self._function(decision, decision.function)
+        if self._planned[decision.function] == "parked":
+            raise InvalidDecision(decision, f"{decision.function!r} is parked already", "a function that is awake")
+        host = sum(self._host_bytes(f) for n, f in self.functions.items() if self._planned[n] == "parked")
+        here = self._host_bytes(function)
+        has = self.costs.node.host_memory_bytes * self.costs.nodes
+        if host + here > has:
+            raise InvalidDecision(decision, f"parked functions need {host + here:.3g} B", f"{has:.3g} B of host memory")
+        self._planned[decision.function] = "parked"
+        function.add_task(function.park())
+
+    def _host_bytes(self, function: SimFunction) -> float:
+        return function.gpus * self.costs.resident_bytes(function.gpus, function.roles, function.learner_world())
+
+    def _wake(self, decision: Wake) -> None:
+        function = self._function(decision, decision.function)
+        if self._planned[decision.function] != "parked":
+            raise InvalidDecision(decision, f"{decision.function!r} is awake", "a parked function")
+        self._planned[decision.function] = "awake"
+        function.add_task(function.wake())
+
+    def _release(self, decision: Release) -> None:
+        function = self._function(decision, decision.function)
+        if "learn" in function.roles and self._shards_placed:
+            reason = f"{decision.function!r} holds shards of the learner's state"
+            raise InvalidDecision(decision, reason, "Park it, or release functions without the learn role")
+        self._planned[decision.function] = "gone"
+        function.add_task(function.release())
+
+    def _assign(self, decision: Assign) -> None:
+        function = self._function(decision, decision.function, "decode")
+        rollouts = self._responses(decision, decision.responses, self.unassigned, "assigned or finished already")
+        self._check_fresh(decision, decision.function, rollouts)
+        prefill = None
+        if decision.prefix_from is not None and decision.prefix_from != decision.function:
+            prefill = self._function(decision, decision.prefix_from, "prefill")
+            self._check_fresh(decision, decision.prefix_from, rollouts)
+        serving = function.serving()
+        serving.expected += len(rollouts)
+        for rollout in rollouts:
+            del self.unassigned[rollout.request.response_id]
+            rollout.function, rollout.serving = function.name, serving
+            rollout.assigned_s = self.env.now
+            rollout.weights_version = self.planned_version[function.name]
+            function.unfinished[rollout.request.response_id] = rollout
+            self._count(function, rollout.step, +1)
+        if prefill is None:
+            serving.deliver(rollouts)
+        else:
+            groups: dict[int, list[Rollout]] = {}
+            for rollout in rollouts:
+                groups.setdefault(rollout.request.group, []).append(rollout)
+            prefill.add_task(prefill.prefill_for(list(groups.values()), serving))
+
+    def _responses(
+        self, decision: Decision, response_ids: Sequence[int], among: Mapping[int, object], reason: str
+    ) -> list[Rollout]:
+        """The responses of a decision, each once and each *among* those that it may name."""
+        if len(set(response_ids)) != len(response_ids):
+            raise InvalidDecision(decision, "it names a response twice", "each response once")
+        wrong = [response_id for response_id in response_ids if response_id not in among]
+        if wrong:
+            unknown = [response_id for response_id in wrong if response_id not in self.rollouts]
+            why = f"responses {_some(unknown)} are unknown" if unknown else f"responses {_some(wrong)} are {reason}"
+            raise InvalidDecision(decision, why, f"{len(among)} responses, for example {_some(list(among)[:3])}")
+        return [self.rollouts[response_id] for response_id in response_ids]
+
+    def _check_fresh(self, decision: Decision, name: str, rollouts: Sequence[Rollout]) -> None:
+        holds = self.planned_version[name]
+        newest = max((rollout.step for rollout in rollouts), default=0)
+        if holds < newest - self.job.max_staleness:
+            reason = f"{name!r} holds stale weights of version {holds}, and step {newest} is generated"
+            allowed = f"version {newest - self.job.max_staleness} or newer: Sync it first"
+            raise InvalidDecision(decision, reason, allowed)
+
+    def _count(self, function: SimFunction, step: int, change: int) -> None:
+        function.assigned_by_step[step] = function.assigned_by_step.get(step, 0) + change
+
+    def _migrate(self, decision: Migrate) -> None:
+        target = self._function(decision, decision.target, "decode")
+        unfinished = {i: r for f in self.functions.values() for i, r in f.unfinished.items()}
+        rollouts = self._responses(decision, decision.responses, unfinished, "unassigned or finished")
+        self._check_fresh(decision, decision.target, rollouts)
+        if any(rollout.function == decision.target for rollout in rollouts):
+            raise InvalidDecision(decision, f"some responses are on {decision.target!r} already", "another target")
+        by_source: dict[str, list[Rollout]] = {}
+        for rollout in rollouts:
+            assert rollout.function is not None
+            by_source.setdefault(rollout.function, []).append(rollout)
+        serving = target.serving()
+        for name, moving in by_source.items():
+            source = self.functions[name]
+            for rollout in moving:
+                rollout.function = target.name
+                rollout.migrations += 1
+                target.unfinished[rollout.request.response_id] = source.unfinished.pop(rollout.request.response_id)
+                self._count(source, rollout.step, -1)
+                self._count(target, rollout.step, +1)
+            source.remove(moving, serving, decision.with_kv)
+
+    def _prepare(self, decision: Prepare) -> None:
+        functions = self._distinct(decision, decision.functions, "prepare")
+        rollouts = self._responses(
+            decision, decision.responses, self.unprepared, "unfinished or being prepared already"
+        )
+        for response_id in decision.responses:
+            del self.unprepared[response_id]
+        for function, share in zip(functions, balanced_shares(rollouts, [f.gpus for f in functions]), strict=True):
+            if share:
+                function.add_task(function.prepare(share, sum(map(total_tokens, share))))
+
+    def _distinct(self, decision: Decision, names: Sequence[str], role: Role | tuple[Role, ...]) -> list[SimFunction]:
+        if not names or len(set(names)) != len(names):
+            raise InvalidDecision(decision, "functions are missing or named twice", "one or more functions, each once")
+        return [self._function(decision, name, role) for name in names]
+
+    def _learn(self, decision: Learn) -> None:
+        functions = self._distinct(decision, decision.functions, "learn")
+        state = next((state for state in self.steps.values() if not state.learning), None)
+        if state is None or state.unprepared:
+            left = f"{state.unprepared} responses of step {state.step} are not prepared" if state else "no step is open"
+            raise InvalidDecision(decision, left, "a step whose responses are all prepared")
+        everyone = {name for name, f in self.functions.items() if "learn" in f.roles and self._planned[name] != "gone"}
+        if set(decision.functions) != everyone:
+            reason = f"the learner's state is sharded over {len(everyone)} functions and {len(functions)} are named"
+            raise InvalidDecision(decision, reason, f"all of {_some(sorted(everyone))}")
+        state.learning = self._shards_placed = True
+        gpus = sum(function.gpus for function in functions)
+        shares = balanced_shares(state.rollouts, [1] * gpus)
+        slowest = max(sum(map(total_tokens, share)) for share in shares)
+        mean_tokens = sum(map(total_tokens, state.rollouts)) / len(state.rollouts)
+        seconds = self.costs.learn_s(slowest, mean_tokens, gpus, len({f.node for f in functions}))
+        gang = Gang(len(functions), self.env.event(), seconds)
+        self._learned[self.version + sum(s.learning for s in self.steps.values())] = self.env.event()
+        for function in functions:
+            function.add_task(function.learn(gang, state.step))
+
+    def _sync(self, decision: Sync) -> None:
+        functions = self._distinct(decision, decision.functions, ("decode", "prefill"))
+        newest = self.version + sum(state.learning for state in self.steps.values())
+        behind = [function for function in functions if self.planned_version[function.name] < newest]
+        if not behind:
+            return
+        gpus = min(function.gpus for function in behind)
+        seconds = self.costs.sync_s(gpus, self.costs.nodes)
+        gang = Gang(len(behind), self.env.event(), seconds, self._learned.get(newest))
+        for function in behind:
+            self.planned_version[function.name] = newest
+            function.add_task(function.sync(gang, newest, self._next_step - 1))
+
+    def _subscribe(self, decision: Subscribe) -> None:
+        trigger = decision.trigger
+        problem = _trigger_problem(trigger)
+        if problem:
+            raise InvalidDecision(decision, *problem)
+        if trigger in self._subscriptions:
+            return
+        self._subscriptions[trigger] = None
+        if isinstance(trigger, At):
+            self.env.process(self._alarm(trigger))
+
+    def _alarm(self, trigger: At) -> Iterator[simpy.Event]:
+        yield self.env.timeout(max(trigger.time_s - self.env.now, 0.0))
+        self._events.append(trigger)
+
+    _HANDLERS: Mapping[type, Callable[..., None]] = MappingProxyType({
+        Start: _start, Park: _park, Wake: _wake, Release: _release, Assign: _assign, Migrate: _migrate,
+        Prepare: _prepare, Learn: _learn, Sync: _sync, Subscribe: _subscribe,
+    })  # fmt: skip
+
+
+def total_tokens(rollout: Rollout) -> int:
+    """Prompt and response tokens of a finished response."""
+    return rollout.request.prompt_tokens + rollout.request.generated
+
+
+def balanced_shares(rollouts: Sequence[Rollout], weights: Sequence[int]) -> list[list[Rollout]]:
+    """Responses dealt out so that token loads are near-proportional to *weights*: longest first, to and fro.
+
+    verl balances with Karmarkar-Karp; over the hundreds of responses of a step both come within a few tokens.
+    """
+    slots = [index for index, weight in enumerate(weights) for _ in range(weight)]
+    order = sorted(rollouts, key=total_tokens, reverse=True)
+    shares: list[list[Rollout]] = [[] for _ in weights]
+    there_and_back = slots + slots[::-1]
+    for position, rollout in enumerate(order):
+        shares[there_and_back[position % len(there_and_back)]].append(rollout)
+    return shares
+
+
+def _trigger_problem(trigger: object) -> tuple[str, str] | None:
+    """Why a trigger cannot fire, and what is allowed; None when it is fine."""
+    match trigger:
+        case CompletionRatio(ratio=ratio) if not 0 < ratio <= 1:
+            return f"ratio {ratio}", "0 < ratio <= 1"
+        case Completions(every=every) if every < 1:
+            return f"every {every} responses", "every >= 1"
+        case UnfinishedBelow(count=count) if count < 1:
+            return f"fewer than {count} responses", "count >= 1"
+        case StageFinished(stage=stage) if stage not in STAGES:
+            return f"stage {stage!r}", ", ".join(STAGES)
+        case FunctionIdle() | CompletionRatio() | UnfinishedBelow() | Completions() | StageFinished() | At():
+            return None
+    return (
+        f"{trigger!r} is not a trigger",
+        "FunctionIdle, CompletionRatio, UnfinishedBelow, Completions, StageFinished, At",
+    )
+
+
+def _some(names: Sequence[object]) -> str:
+    shown = ", ".join(map(str, names[:5]))
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -1,0 +1,344 @@
+"""How long things take and how much memory they need: pure arithmetic over sourced parameters.
+
+Time-keeping is elsewhere; nothing here knows the clock. Equations are in docs/model.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from simrl.policies.contract import Role
+from simrl.traces.iteration import IterationTimes, load_iteration_times, roofline_iteration_times
+from simrl.traces.job import Engine as EngineSpec
+from simrl.traces.job import Job
+from simrl.traces.models import Model, load_model
+from simrl.traces.parameters import Parameter, Parameters, check_known
+
+GB = 1e9
+
+
+class DoesNotFit(ValueError):
+    """A model that does not fit on the GPUs it is given; the message has the arithmetic."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeType:
+    """A machine: what it has and how fast its links are, in bytes and bytes a second."""
+
+    name: str
+    gpu: str
+    gpus: int
+    host_memory_bytes: float
+    host_bytes_per_s: float
+    nic_bytes_per_s: float
+    link_bytes_per_s: float
+    gpu_memory_bytes: float
+
+    @classmethod
+    def load(cls, name: str, parameters: Parameters) -> NodeType:
+        """The node type *name* out of the parameter table."""
+        check_known("cluster.node_type", name, parameters.names_in("node"))
+        gpu = parameters.name(f"node.{name}.gpu")
+        return cls(
+            name=name,
+            gpu=gpu,
+            gpus=int(parameters.number(f"node.{name}.gpus")),
+            host_memory_bytes=parameters.number(f"node.{name}.host_memory_bytes"),
+            host_bytes_per_s=parameters.number(f"node.{name}.host_bytes_per_s"),
+            nic_bytes_per_s=parameters.number(f"node.{name}.nic_bytes_per_s") * parameters.number("network.efficiency"),
+            link_bytes_per_s=parameters.number(f"gpu.{gpu}.link_bytes_per_s"),
+            gpu_memory_bytes=parameters.number(f"gpu.{gpu}.memory_bytes"),
+        )
+
+
+class Costs:
+    """Seconds and bytes for one job on one kind of node.
+
+    Args:
+        job: What is trained.
+        engine: The rollout engine's options.
+        node: The machines' type.
+        nodes: How many of them.
+        parameters: Where constants come from; what is read is noted there.
+    """
+
+    def __init__(self, job: Job, engine: EngineSpec, node: NodeType, nodes: int, parameters: Parameters) -> None:
+        check_known("engine.preset", engine.preset, parameters.names_in("engine"))
+        self.job, self.node, self.nodes = job, node, nodes
+        self.model: Model = load_model(job.model)
+        self.engine = engine
+        self._parameters = parameters
+        self.max_num_seqs = int(self._option("max_num_seqs"))
+        self.max_batched_tokens = int(self._option("max_num_batched_tokens"))
+        self._utilization = self._option("gpu_memory_utilization")
+        self._cuda_graphs = bool(parameters.number(f"engine.{engine.preset}.cuda_graphs"))
+        self.latency_s = parameters.number("network.latency_s")
+        self.prefix_caching = engine.prefix_caching
+        self.weight_bytes = float(self.model.weight_bytes())
+        self.kv_token_bytes = float(self.model.kv_bytes_per_token())
+        self._forward_flops = 2.0 * self.model.parameters
+        self.times = functools.cache(self._times)
+        self.flat_batch = functools.cache(self._flat_batch)
+
+    def _option(self, name: str) -> float:
+        """An engine option: the user's, else the preset's."""
+        key = f"engine.{self.engine.preset}.{name}"
+        given: float | None = getattr(self.engine, name)
+        if given is None:
+            return self._parameters.number(key)
+        shipped = self._parameters.entry(key)
+        self._parameters.note(
+            Parameter(key, given, shipped.unit, shipped.status, f"set by the user; shipped: {shipped.value}")
+        )
+        return given
+
+    # --- engine iterations ---
+
+    def _times(self, gpus: int) -> IterationTimes:
+        """Iteration times of an engine that is tensor-parallel over *gpus* GPUs."""
+        calibration, overhead_s = self._option("calibration"), self._overhead_s()
+        times = load_iteration_times(
+            self.model, self.node.gpu, gpus, calibration=calibration, overhead_s=overhead_s
+        ) or self._roofline(gpus, calibration, overhead_s)
+        key = f"iteration_times.{self.model.name}.{self.node.gpu}.tp{gpus}"
+        ends = (0.5, 2.0) if times.status == "assumed" else (None, None)
+        self._parameters.note(
+            Parameter(key, times.decode_s(1, 512), "s, one response at 512 tokens", times.status, times.source, *ends)
+        )
+        return times
+
+    def _overhead_s(self) -> float:
+        if self.engine.overhead_s is not None:
+            key = f"engine.{self.engine.preset}.overhead_s"
+            self._parameters.note(Parameter(key, self.engine.overhead_s, "s", "measured", "set by the user"))
+            return self.engine.overhead_s
+        return self._parameters.number(f"engine.{self.engine.preset}.overhead_s_per_layer") * self.model.layers
+
+    def _roofline(self, gpus: int, calibration: float, overhead_s: float) -> IterationTimes:
+        number = self._parameters.number
+        return roofline_iteration_times(
+            self.model,
+            peak_flops=number(f"gpu.{self.node.gpu}.peak_flops"),
+            memory_bytes_per_s=number(f"gpu.{self.node.gpu}.memory_bytes_per_s"),
+            tensor_parallel=gpus,
+            flops_efficiency=number("roofline.flops_efficiency"),
+            memory_efficiency=number("roofline.memory_efficiency"),
+            allreduce_bytes_per_s=self.node.link_bytes_per_s,
+            calibration=calibration,
+            overhead_s=overhead_s,
+        )
+
+    def _flat_batch(self, gpus: int) -> int:
+        """Largest batch at which decode latency counts as flat, on *gpus* GPUs at the job's typical context."""
+        context = (self.job.max_prompt_tokens + self.job.max_response_tokens) / 2
+        tolerance = self._parameters.number("serving.flat_tolerance")
+        return min(self.times(gpus).flat_batch(context, tolerance), self.max_num_seqs)
+
+    # --- memory, bytes a GPU ---
+
+    def learner_bytes(self, world: int) -> float:
+        """The learner's resident state on each of *world* GPUs: master weights, optimizer, gradients, reference."""
+        per_parameter = self._parameters.number("learner.bytes_per_parameter")
+        reference = self._parameters.number("learner.reference_bytes_per_parameter")
+        trained = 2 if self.job.algorithm == "ppo" else 1  # PPO has a critic of the actor's size
+        return (trained * per_parameter + reference) * self.model.parameters / world
+
+    def learning_bytes(self, world: int) -> float:
+        """What a GPU holds while it learns."""
+        return self.learner_bytes(world) + self._parameters.number("serving.workspace_bytes_per_gpu")
+
+    def preparing_bytes(self, gpus: int, learner_world: int | None) -> float:
+        """What a GPU holds while it prepares: one model in bf16 beside the learner's state."""
+        state = self._idle_state_bytes(learner_world)
+        return self.weight_bytes / gpus + state + self._parameters.number("serving.workspace_bytes_per_gpu")
+
+    def _idle_state_bytes(self, learner_world: int | None) -> float:
+        """Learner state that stays on a GPU while something else runs there; None = not a learner's GPU."""
+        if learner_world is None or self.job.learner_offload:
+            return 0.0
+        return self.learner_bytes(learner_world)
+
+    def engine_bytes(self, gpus: int, learner_world: int | None) -> float:
+        """What a GPU holds without KV while its engine is awake."""
+        activations = self._parameters.number("serving.activation_bytes_per_gpu")
+        return self.weight_bytes / gpus + activations + self._idle_state_bytes(learner_world)
+
+    def kv_bytes(self, gpus: int, learner_world: int | None) -> float:
+        """KV memory of each GPU of an engine: its share of the GPU, less weights, activations and a resident learner.
+
+        A colocated engine takes the preset's share, one that has its GPUs to itself vLLM's default of 0.9.
+        """
+        memory = self.node.gpu_memory_bytes
+        share = self._utilization if learner_world is not None else max(self._utilization, 0.9)
+        activations = self._parameters.number("serving.activation_bytes_per_gpu")
+        by_share = share * memory - self.weight_bytes / gpus - activations
+        return min(by_share, 0.98 * memory - self.engine_bytes(gpus, learner_world))
+
+    def kv_blocks(self, gpus: int, learner_world: int | None, block_tokens: int = 16) -> int:
+        """KV blocks of an engine."""
+        return int(max(self.kv_bytes(gpus, learner_world), 0.0) * gpus / self.kv_token_bytes) // block_tokens
+
+    def check_fit(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> None:
+        """Raise `DoesNotFit` unless each role of a function has room on its GPUs.
+
+        Args:
+            gpus: Size of the function.
+            roles: Its roles.
+            learner_world: GPUs that share the learner's state if this function is one of them.
+        """
+        if "prefill" in roles or "decode" in roles:
+            self._check_engine(gpus, learner_world)
+        if "learn" in roles and learner_world is not None:
+            needs = self.learning_bytes(learner_world)
+            self._check_bytes(needs, f"learning state of {self.job.model} over {learner_world} GPUs")
+        if "prepare" in roles:
+            needs = self.preparing_bytes(gpus, learner_world)
+            self._check_bytes(needs, f"preparation with {self.job.model} on {gpus} GPUs")
+
+    def _check_engine(self, gpus: int, learner_world: int | None) -> None:
+        longest = self.job.max_prompt_tokens + self.job.max_response_tokens
+        without_kv = self.engine_bytes(gpus, learner_world)
+        kv = longest * self.kv_token_bytes / gpus
+        room = self.kv_blocks(gpus, learner_world) * 16
+        if room < longest:
+            state = self._idle_state_bytes(learner_world)
+            raise DoesNotFit(
+                f"{self.job.model} does not fit on {gpus} x {self.node.gpu} an engine: each GPU needs"
+                f" {(without_kv + kv) / GB:.1f} GB ({self.weight_bytes / gpus / GB:.1f} weights"
+                f" + {(without_kv - state - self.weight_bytes / gpus) / GB:.1f} activations + {state / GB:.1f} learner"
+                f" + {kv / GB:.1f} KV of one response of {longest} tokens) and has {self.node.gpu_memory_bytes / GB:.1f} GB,"
+                f" of which the engine may use {self._utilization:.0%}"
+                f" (try more GPUs an engine: engine.tensor_parallel, or more nodes)"
+            )
+
+    def _check_bytes(self, needs: float, what: str) -> None:
+        has = self.node.gpu_memory_bytes
+        if needs > has:
+            raise DoesNotFit(
+                f"{what} does not fit: each {self.node.gpu} needs {needs / GB:.1f} GB and has {has / GB:.1f} GB"
+                f" (try more nodes, or job.learner_offload with a smaller model)"
+            )
+
+    # --- preparation and learning ---
+
+    def _passes(self, kind: Literal["prepare", "learn"]) -> int:
+        """Models that run: old and reference log-probs (and values) before learning, the actor (and critic) in it."""
+        critic = self.job.algorithm == "ppo"
+        return (2 if kind == "prepare" else 1) + critic
+
+    def _token_flops(self, context: float) -> float:
+        """Forward FLOPs of one token that attends to *context* others on average."""
+        return self._forward_flops + 4.0 * self.model.layers * self.model.heads * self.model.head_dim * context
+
+    def forward_s(self, tokens: int, gpus: int, mean_tokens: float) -> float:
+        """One forward pass over *tokens* tokens in sequences of *mean_tokens* on average."""
+        gpu = self.node.gpu
+        rate = self._parameters.number(f"gpu.{gpu}.peak_flops") * self._parameters.number(f"gpu.{gpu}.forward_mfu")
+        return tokens * self._token_flops(mean_tokens / 2) / (rate * gpus)
+
+    def prepare_s(self, tokens: int, responses: int, gpus: int) -> float:
+        """Log-probs (values) and rule rewards of *responses* with *tokens* tokens, on one function of *gpus* GPUs.
+
+        Models other than the engine's own come over the host link; rewards are scored on CPU cores meanwhile.
+        """
+        if not responses:
+            return 0.0
+        passes = self._passes("prepare")
+        loads = (passes - 1) * self.weight_bytes / gpus / self.node.host_bytes_per_s
+        reward_s = self._parameters.number("learner.rule_reward_s") * responses
+        reward_s /= self._parameters.number("learner.reward_workers")
+        return max(passes * self.forward_s(tokens, gpus, tokens / responses) + loads, reward_s)
+
+    def learn_s(self, rank_tokens: int, mean_tokens: float, gpus: int, nodes: int) -> float:
+        """Forward, backward and optimizer step; *rank_tokens* is the load of the slowest of *gpus* FSDP ranks.
+
+        Three forward passes' worth of FLOPs, as MFU counts them: what checkpointing recomputes lowers the MFU.
+        Communication overlaps with computing; the longer of the two counts.
+        """
+        gpu = self.node.gpu
+        rate = self._parameters.number(f"gpu.{gpu}.peak_flops") * self._parameters.number(f"gpu.{gpu}.learn_mfu")
+        compute_s = 3 * rank_tokens * self._token_flops(mean_tokens / 2) / rate
+        micro_batches = max(1, math.ceil(rank_tokens / self._parameters.number("learner.micro_batch_tokens")))
+        # All-gather for forward and for backward, then reduce-scatter.
+        comm_s = 3 * micro_batches * self._collective_s(self.weight_bytes, gpus, nodes)
+        return self._passes("learn") * (max(compute_s, comm_s) + self._optimizer_s(gpus))
+
+    def _collective_s(self, size_bytes: float, gpus: int, nodes: int) -> float:
+        """A ring all-gather or reduce-scatter of *size_bytes* over *gpus* GPUs: its slowest link sets the pace."""
+        if gpus == 1:
+            return 0.0
+        slowest = (
+            self.node.link_bytes_per_s if nodes == 1 else min(self.node.link_bytes_per_s, self.node.nic_bytes_per_s)
+        )
+        return size_bytes * (gpus - 1) / gpus / slowest
+
+    def _optimizer_s(self, gpus: int) -> float:
+        """Adam reads and writes its state once."""
+        state = self._parameters.number("learner.bytes_per_parameter") * self.model.parameters / gpus
+        return 2 * state / self._parameters.number(f"gpu.{self.node.gpu}.memory_bytes_per_s")
+
+    # --- movement ---
+
+    def sync_s(self, gpus: int, nodes: int) -> float:
+        """New weights into engines of *gpus* GPUs each, spread over *nodes* nodes.
+
+        Every GPU takes in its share of the weights, every node's NIC one whole copy; the two are pipelined.
+        """
+        inside_s = self.weight_bytes / gpus / self.node.link_bytes_per_s
+        between_s = self.weight_bytes / self.node.nic_bytes_per_s if nodes > 1 else 0.0
+        return self._parameters.number("switch.sync_setup_s") + max(inside_s, between_s)
+
+    def transfer_s(self, kv_tokens: int, *, same_node: bool) -> float:
+        """The KV of *kv_tokens* tokens over an idle link."""
+        rate = self.node.link_bytes_per_s if same_node else self.node.nic_bytes_per_s
+        return self.latency_s + kv_tokens * self.kv_token_bytes / rate
+
+    def host_move_s(self, bytes_per_gpu: float) -> float:
+        """Moving that much between each GPU and host memory, all at once."""
+        return bytes_per_gpu / self.node.host_bytes_per_s
+
+    def resident_bytes(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
+        """What a function keeps on each GPU between its tasks, and takes along when it is parked."""
+        engine = self.weight_bytes / gpus if {"prefill", "decode"} & set(roles) else 0.0
+        return engine + (self.learner_bytes(learner_world) if learner_world is not None else 0.0)
+
+    def park_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
+        """GPU to host. Engine weights have a host copy already (vLLM's sleep mode), the learner's state moves."""
+        state = 0.0 if learner_world is None or self.job.learner_offload else self.learner_bytes(learner_world)
+        return self._parameters.number("switch.engine_sleep_s") + self.host_move_s(state)
+
+    def wake_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
+        """Host to GPU: engine weights and the learner's state."""
+        resident = self.resident_bytes(gpus, roles, None if self.job.learner_offload else learner_world)
+        return self._parameters.number("switch.engine_wake_s") + self.host_move_s(resident)
+
+    def switch_s(self, old: Role | None, new: Role, learner_world: int | None) -> float:
+        """Changing the awake role. Prefill and decode share an engine, prepare and learn a trainer."""
+        engine_before, engine_after = (role in ("prefill", "decode") for role in (old, new))
+        if old is not None and engine_before == engine_after:
+            return 0.0
+        offload_s = 0.0
+        if self.job.learner_offload and learner_world is not None and not (old is None and engine_after):
+            offload_s = self.host_move_s(self.learner_bytes(learner_world))
+        if engine_after:
+            return self._parameters.number("switch.engine_wake_s") + offload_s
+        return (self._parameters.number("switch.engine_sleep_s") if engine_before else 0.0) + offload_s
+
+    def start_phases(self, gpus: int, roles: Sequence[Role], *, cached: bool) -> dict[str, float]:
+        """Expected seconds of each phase of a cold start; *cached*: the node has the weights on its disk."""
+        number = self._parameters.number
+        phases = {"download": 0.0 if cached else self.weight_bytes / number("start.download_bytes_per_s")}
+        phases["weights"] = self.weight_bytes / gpus / number("start.load_bytes_per_s")
+        phases["init"] = number("start.init_s")
+        if self._cuda_graphs and {"prefill", "decode"} & set(roles):
+            phases["compile"] = number("start.compile_s")
+            phases["capture"] = number("start.capture_s")
+        return phases
+
+    def start_spread(self) -> float:
+        """Standard deviation of ln of each phase."""
+        return self._parameters.number("start.spread")

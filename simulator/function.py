@@ -1,0 +1,475 @@
+"""A function's life as a SimPy process: lease GPUs, start, then one task after the other until it is released."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import simpy
+
+from simrl.policies.contract import Role, Stage, State
+from simrl.simulator.cluster import GpuPool, Network
+from simrl.simulator.costs import Costs
+from simrl.simulator.engine import BLOCK_TOKENS, Engine, Request, Span
+from simrl.traces.records import Recorder
+from simrl.traces.streams import stream
+
+Process = Generator[simpy.Event, Any, None]
+
+
+@dataclass(slots=True, eq=False)
+class Rollout:
+    """A response on its way through a step."""
+
+    request: Request
+    step: int
+    prompt_id: int | str
+    sample: int
+    truncated: bool
+    function: str | None = None
+    serving: Serving | None = None  # where it is, or is under way to
+    weights_version: int = 0
+    assigned_s: float = 0.0
+    finished_s: float | None = None
+    prepared_s: float | None = None
+    preparing: bool = False
+    migrations: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Serving:
+    """A task: generate what arrives until nothing is left and nothing is under way."""
+
+    function: SimFunction
+    inbox: deque[Rollout] = field(default_factory=deque)
+    expected: int = 0
+
+    def deliver(self, rollouts: Iterable[Rollout]) -> None:
+        """Hand over responses that were expected here; those redirected meanwhile go on without their KV."""
+        for rollout in rollouts:
+            assert rollout.serving is not None, "a response under way has a destination"
+            if rollout.serving is self:
+                self.expected -= 1
+                self.inbox.append(rollout)
+            else:
+                rollout.request.kv_tokens = 0
+                rollout.serving.deliver([rollout])
+        self.function.poke()
+
+
+@dataclass(slots=True, eq=False)
+class Gang:
+    """Functions that do something together: it begins when all are there, and when *after* has fired."""
+
+    members: int
+    go: simpy.Event
+    seconds: float
+    after: simpy.Event | None = None
+    arrived: int = 0
+    done: int = 0
+
+
+class Listener(Protocol):
+    """Whom a function tells what happened."""
+
+    def ready(self, function: SimFunction) -> None:
+        """It holds GPUs and its engine, if it has one, is there."""
+
+    def idle(self, function: SimFunction, after: str) -> None:
+        """It has nothing to do."""
+
+    def rollouts_finished(self, function: SimFunction, requests: Sequence[Request]) -> None:
+        """Responses are complete."""
+
+    def prepared(self, rollouts: Sequence[Rollout]) -> None:
+        """Responses are prepared."""
+
+    def learned(self) -> None:
+        """All members of a learning gang are done."""
+
+    def generating(self, steps: set[int]) -> None:
+        """Responses of these steps are handed to an engine."""
+
+    def stage_active(self, stage: Stage, step: int, start_s: float) -> None:
+        """A stage of a step was worked on from *start_s* until now."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What all functions of a cluster share."""
+
+    env: simpy.Environment
+    costs: Costs
+    pool: GpuPool
+    network: Network
+    recorder: Recorder
+    seed: int
+    listener: Listener
+    learner_world: Callable[[], int]
+
+
+class SimFunction:
+    """A simulated function. Decisions append to its task queue; `life` works it off."""
+
+    def __init__(self, world: World, name: str, gpus: int, roles: tuple[Role, ...], node: int | None) -> None:
+        self.world, self.name, self.gpus, self.roles = world, name, gpus, roles
+        self.wanted_node = node
+        self.node: int | None = None
+        self.gpu_ids: tuple[int, ...] = ()
+        self.state = State.STARTING
+        self.role: Role | None = None
+        self.engine: Engine | None = None
+        self.version = 0
+        self.unfinished: dict[int, Rollout] = {}
+        self.assigned_by_step: dict[int, int] = {}
+        self.ready = world.env.event()
+        self._tasks: deque[Process | Serving] = deque()
+        self._serving: Serving | None = None
+        self._removals: list[tuple[dict[int, Rollout], Serving, bool]] = []
+        self._sending = 0
+        self._wake_up = world.env.event()
+        self._interruptible = False
+        self._stage: Stage | None = None
+        self._interval: tuple[str, Stage | None, float] | None = None
+        self._after = "started"
+        self.process = world.env.process(self.life())
+
+    def slots(self) -> int:
+        """Responses that it can take with decode latency still flat and KV fitting even if all grow to the cap."""
+        if "decode" not in self.roles:
+            return 0
+        costs = self.world.costs
+        blocks = self.engine.kv_blocks if self.engine else costs.kv_blocks(self.gpus, self.learner_world())
+        longest = costs.job.max_prompt_tokens + costs.job.max_response_tokens
+        return min(costs.flat_batch(self.gpus), blocks * BLOCK_TOKENS // longest)
+
+    # --- decisions ---
+
+    def serving(self) -> Serving:
+        """The task that takes new responses: the one running or queued last, else a new one."""
+        last = self._tasks[-1] if self._tasks else self._serving
+        if isinstance(last, Serving):
+            return last
+        task = Serving(self)
+        self.add_task(task)
+        return task
+
+    def add_task(self, task: Process | Serving) -> None:
+        """Queue a task."""
+        self._tasks.append(task)
+        self.poke()
+
+    def remove(self, rollouts: Sequence[Rollout], target: Serving, with_kv: bool) -> None:
+        """Send unfinished responses on to *target*: those in the engine at the end of its iteration."""
+        engine_ids = self._engine_ids()
+        in_engine = {r.request.response_id: r for r in rollouts if r.request.response_id in engine_ids}
+        for rollout in rollouts:
+            old = rollout.serving
+            assert old is not None, "an assigned response has a place"
+            rollout.serving = target
+            target.expected += 1
+            if rollout in old.inbox:
+                old.inbox.remove(rollout)
+                target.deliver([rollout])
+            elif rollout.request.response_id not in in_engine:
+                old.expected -= 1  # under way; `old` will send it on
+        if in_engine:
+            self._removals.append((in_engine, target, with_kv))
+        self.poke()
+
+    def _engine_ids(self) -> set[int]:
+        if self.engine is None:
+            return set()
+        return {*self.engine.running, *(request.response_id for request in self.engine.waiting)}
+
+    def poke(self) -> None:
+        """Look at the queues again: at the end of the current iteration, or at once when waiting."""
+        if self._interruptible:
+            self._interruptible = False
+            self.process.interrupt()
+        elif not self._wake_up.triggered:
+            self._wake_up.succeed()
+
+    # --- life ---
+
+    def life(self) -> Process:
+        """Lease, start, then work off tasks until released."""
+        yield from self._start()
+        while self.state is not State.GONE:
+            if not self._tasks:
+                if self.state is not State.PARKED:
+                    self._enter("idle", self._stage)
+                    self.state = State.IDLE
+                    self.world.listener.idle(self, self._after)
+                yield from self._wait(lambda: bool(self._tasks))
+            task = self._tasks.popleft()
+            if isinstance(task, Serving):
+                yield from self._serve(task)
+            else:
+                yield from task
+
+    def _wait(self, condition: Callable[[], bool]) -> Process:
+        while not condition():
+            self._wake_up = self.world.env.event()
+            yield self._wake_up
+
+    def _enter(self, state: str | None, stage: Stage | None = None) -> None:
+        """Close the current interval and open one in *state*; None opens none."""
+        now = self.world.env.now
+        if self._interval is not None:
+            old_state, old_stage, start_s = self._interval
+            if (state, stage) == (old_state, old_stage):
+                return
+            if now > start_s:
+                gpu_ids = ",".join(map(str, self.gpu_ids))
+                row = (self.name, self.node, self.gpus, gpu_ids, old_state, self.role, old_stage, start_s, now)
+                self.world.recorder.workers.append(row)
+        self._interval = None if state is None else (state, stage, now)
+
+    def close(self) -> None:
+        """End the open interval, as the run is over."""
+        self._enter(None)
+
+    def _work(self, stage: Stage, seconds: float, step: int) -> Process:
+        self._enter("busy", stage)
+        self.state, self._stage = State.BUSY, stage
+        start_s = self.world.env.now
+        yield self.world.env.timeout(seconds)
+        self.world.listener.stage_active(stage, step, start_s)
+
+    def _cold(self, seconds: float) -> Process:
+        if seconds > 0:
+            self._enter("cold")
+            yield self.world.env.timeout(seconds)
+
+    def _start(self) -> Process:
+        world = self.world
+        self.node, self.gpu_ids = yield world.pool.lease(self.gpus, self.wanted_node)
+        assert self.node is not None, "a lease names its node"
+        node = world.pool.nodes[self.node]
+        rng = stream(world.seed, "start", self.name)
+        spread = world.costs.start_spread()
+        phases = world.costs.start_phases(self.gpus, self.roles, cached=False)
+        drawn = {name: s * float(rng.lognormal(-(spread**2) / 2, spread)) for name, s in phases.items()}
+        self._enter("cold")
+        download_s = drawn.pop("download")
+        if node.weights_cached is None:
+            node.weights_cached = world.env.timeout(download_s)
+        if not node.weights_cached.processed:
+            yield node.weights_cached
+        yield world.env.timeout(sum(drawn.values()))
+        if {"prefill", "decode"} & set(self.roles):
+            self.engine = self._new_engine()
+        self.ready.succeed()
+        world.listener.ready(self)
+
+    def learner_world(self) -> int | None:
+        """GPUs that share the learner's state with this function; None when it has no part in it."""
+        return self.world.learner_world() if "learn" in self.roles else None
+
+    def _new_engine(self) -> Engine:
+        costs = self.world.costs
+        return Engine(
+            times=costs.times(self.gpus),
+            kv_blocks=costs.kv_blocks(self.gpus, self.learner_world(), BLOCK_TOKENS),
+            max_num_seqs=costs.max_num_seqs,
+            max_batched_tokens=costs.max_batched_tokens,
+            prefix_caching=costs.prefix_caching,
+        )
+
+    def _switch(self, role: Role) -> Process:
+        seconds = self.world.costs.switch_s(self.role, role, self.learner_world())
+        self.state = State.BUSY
+        yield from self._cold(seconds)
+        if role != self.role:
+            self._enter(None)  # intervals name the role they began with
+        self.role = role
+
+    # --- generation ---
+
+    def _serve(self, task: Serving) -> Process:
+        assert self.engine is not None, "only functions with an engine are assigned responses"
+        self._serving = task
+        yield from self._switch("decode")
+        while True:
+            self._take_in(task)
+            span = self.engine.plan()
+            if span is not None:
+                yield from self._iterate(span)
+            elif task.expected or task.inbox or self._removals or len(self.engine):
+                self._enter("idle", self._stage)
+                self.state = State.IDLE
+                yield from self._wait_once()
+            else:
+                break
+        self._serving = None
+        self._after = "drained"
+
+    def _wait_once(self) -> Process:
+        self._wake_up = self.world.env.event()
+        yield self._wake_up
+
+    def _take_in(self, task: Serving) -> None:
+        assert self.engine is not None
+        if task.inbox:
+            self.world.listener.generating({rollout.step for rollout in task.inbox})
+        while task.inbox:
+            self.engine.add(task.inbox.popleft().request)
+        removals, self._removals = self._removals, []
+        for rollouts, target, with_kv in removals:
+            requests, held_blocks = self.engine.remove(rollouts.keys())
+            leaving = [rollouts[request.response_id] for request in requests]
+            if leaving:
+                self.world.env.process(self._send(leaving, held_blocks, target, with_kv))
+
+    def _iterate(self, span: Span) -> Process:
+        assert self.engine is not None
+        env = self.world.env
+        self._enter("busy", "generation")
+        self.state, self._stage = State.BUSY, "generation"
+        start_s = env.now
+        try:
+            self._interruptible = True
+            yield env.timeout(span.seconds)
+        except simpy.Interrupt:
+            span = self.engine.boundary(span, env.now - start_s)
+            yield env.timeout(max(start_s + span.seconds - env.now, 0.0))
+        self._interruptible = False
+        finished = self.engine.advance(span.iterations)
+        if finished:
+            self.world.listener.rollouts_finished(self, finished)
+
+    def _send(self, rollouts: Sequence[Rollout], held_blocks: int, target: Serving, with_kv: bool) -> Process:
+        """Move responses out of the engine to *target*; their blocks are free once the KV has left."""
+        assert self.engine is not None
+        self._sending += 1
+        requests = [rollout.request for rollout in rollouts]
+        if with_kv:
+            yield from self._transfer(sum(request.kv_tokens for request in requests), target.function)
+        else:
+            for request in requests:
+                request.kv_tokens = 0
+        self.engine.give_back(held_blocks)
+        self._sending -= 1
+        self.poke()
+        target.deliver(rollouts)
+
+    def _transfer(self, kv_tokens: int, target: SimFunction) -> Process:
+        if not target.ready.processed:
+            yield target.ready
+        assert self.node is not None
+        assert target.node is not None
+        yield self.world.network.send(self.node, target.node, kv_tokens)
+
+    def prefill_for(self, groups: Sequence[Sequence[Rollout]], target: Serving) -> Process:
+        """A task: prefill each group's prompt once, piece by piece, and send the KV to *target*."""
+        yield from self._switch("prefill")
+        costs = self.world.costs
+        for piece in _pieces(groups, costs.max_batched_tokens):
+            lengths = [group[0].request.prompt_tokens for group in piece]
+            tokens = sum(lengths)
+            attended = sum(length * length / 2 for length in lengths) / tokens
+            self.world.listener.generating({group[0].step for group in piece})
+            yield from self._work("generation", costs.times(self.gpus).prefill_s(tokens, attended), piece[0][0].step)
+            self.world.env.process(self._send_prefix(piece, tokens, target))
+        self._after = "drained"
+
+    def _send_prefix(self, groups: Sequence[Sequence[Rollout]], tokens: int, target: Serving) -> Process:
+        self._sending += 1
+        yield from self._transfer(tokens, target.function)
+        self._sending -= 1
+        self.poke()
+        for group in groups:
+            group[0].request.computed_tokens += group[0].request.prompt_tokens
+            for rollout in group:
+                # Whole blocks travel, and the last prompt token is computed where its logits are needed.
+                rollout.request.kv_tokens = (rollout.request.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+            target.deliver(group)
+
+    # --- the other stages ---
+
+    def prepare(self, rollouts: Sequence[Rollout], tokens: int) -> Process:
+        """A task: log-probs, values and rewards."""
+        yield from self._switch("prepare")
+        seconds = self.world.costs.prepare_s(tokens, len(rollouts), self.gpus)
+        yield from self._work("preparation", seconds, rollouts[0].step)
+        self._after = "prepared"
+        self.world.listener.prepared(rollouts)
+
+    def learn(self, gang: Gang, step: int) -> Process:
+        """A task: learn together with the rest of *gang*."""
+        yield from self._switch("learn")
+        yield from self._gather(gang)
+        yield from self._work("learning", gang.seconds, step)
+        self._after = "learned"
+        gang.done += 1
+        if gang.done == gang.members:
+            self.world.listener.learned()
+
+    def sync(self, gang: Gang, version: int, step: int) -> Process:
+        """A task: take the learner's weights of *version* into the engine."""
+        yield from self._switch("decode" if "decode" in self.roles else "prefill")
+        yield from self._gather(gang)
+        yield from self._work("weight_sync", gang.seconds, step)
+        self.version = version
+        assert self.engine is not None
+        self.engine.forget_prefixes()
+        self._after = "synced"
+
+    def _gather(self, gang: Gang) -> Process:
+        """Wait for the rest of the gang, idle."""
+        gang.arrived += 1
+        if gang.arrived < gang.members:
+            self._enter("idle", self._stage)
+            self.state = State.IDLE
+        elif gang.after is None or gang.after.processed:
+            gang.go.succeed()
+        else:
+            gang.after.callbacks.append(lambda _: gang.go.succeed())
+        if not gang.go.processed:
+            yield gang.go
+
+    def park(self) -> Process:
+        """A task: give the GPUs back, keep the process in host memory."""
+        yield from self._wait(lambda: not self._sending)
+        yield from self._cold(self.world.costs.park_s(self.gpus, self.roles, self.learner_world()))
+        self._let_go()
+        self.state, self.role, self._stage = State.PARKED, None, None
+        self._enter("parked")
+
+    def wake(self) -> Process:
+        """A task: come back onto GPUs of the same node."""
+        self.state = State.STARTING
+        self.node, self.gpu_ids = yield self.world.pool.lease(self.gpus, self.node)
+        yield from self._cold(self.world.costs.wake_s(self.gpus, self.roles, self.learner_world()))
+        self._after = "woken"
+
+    def release(self) -> Process:
+        """A task: end, once outgoing KV has left."""
+        yield from self._wait(lambda: not self._sending)
+        if self.state is not State.PARKED:
+            self._let_go()
+        self._enter(None)
+        self.state = State.GONE
+
+    def _let_go(self) -> None:
+        self._enter(None)
+        assert self.node is not None
+        self.world.pool.give_back(self.node, self.gpu_ids)
+        self.gpu_ids = ()
+
+
+def _pieces(groups: Sequence[Sequence[Rollout]], max_tokens: int) -> list[list[Sequence[Rollout]]]:
+    """Groups in order, cut so that the prompts of a piece fit one iteration's token budget."""
+    pieces: list[list[Sequence[Rollout]]] = []
+    room = 0
+    for group in groups:
+        tokens = group[0].request.prompt_tokens
+        if not pieces or tokens > room:
+            pieces.append([])
+            room = max_tokens
+        pieces[-1].append(group)
+        room -= tokens
+    return pieces

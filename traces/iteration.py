@@ -1,0 +1,448 @@
+"""How long one iteration of a rollout engine takes.
+
+The shipped table, `data/iteration_times.csv`, comes from aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0): its project
+measured the GEMM, attention and all-reduce kernels of vLLM 0.24.0 on the GPUs themselves, and its estimator adds them
+up to an iteration. `simrl.experiments.derive_iteration_times` asked that estimator for the grid on 2026-11-22 and
+rounded the answers to five digits; with ``--check`` it prints how far lookups here are from the estimator.
+
+What the numbers are not: the estimator interpolates to the dimensions of Qwen2.5, and knows nothing of CPU time,
+scheduling and kernel launches, so that `overhead_s` must come from elsewhere. Its all-reduce on L40S is very slow from
+four GPUs on: a prefill takes longer at TP 4 than at TP 1.
+"""
+
+from __future__ import annotations
+
+import csv
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from math import ceil, inf, isfinite, sqrt
+from typing import Literal
+
+from simrl.traces.models import Model
+
+SOURCE = (
+    "aiconfigurator-core 0.12.0 (Apache-2.0): its kernel measurements for vLLM 0.24.0, bf16, Qwen2.5 dimensions "
+    "interpolated; derived 2026-11-22 by simrl.experiments.derive_iteration_times"
+)
+
+# Knots of the shipped and of the roofline tables. GEMM kernels change their tiling above 256, 512 and 1024 tokens, and
+# the time jumps by up to a quarter there: a second knot just behind keeps the jump from leaning over the whole segment.
+# It is 260, not 257, because a prime number of tokens does not split into requests of equal length.
+BATCH_KNOTS = (1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+CONTEXT_KNOTS = (1, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+TOKEN_KNOTS = (1, 16, 32, 64, 128, 256, 260, 384, 512, 513, 768, 1024, 1025, 2048, 3072, 4096, 8192, 16384)
+ATTENDED_KNOTS = (16, 512, 2048, 8192, 32768)
+
+Status = Literal["measured", "derived", "assumed"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Seconds of an iteration over a full grid: ``seconds[i][j]`` at ``tokens[i]`` and ``contexts[j]``.
+
+    Decode: tokens is the number of decoding requests, context their mean number of tokens. Prefill: tokens is the
+    number of prompt tokens computed, context the mean number of tokens that each of them attends to.
+
+    Raises:
+        ValueError: Knots do not ascend, a cell is missing, or a time is negative or not finite.
+    """
+
+    tokens: tuple[int, ...]
+    contexts: tuple[float, ...]
+    seconds: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        _check_knots("tokens", self.tokens)
+        _check_knots("contexts", self.contexts)
+        if len(self.seconds) != len(self.tokens):
+            raise ValueError(f"expected one row for each of tokens={self.tokens}, got {len(self.seconds)} rows")
+        for tokens, row in zip(self.tokens, self.seconds, strict=True):
+            self._check_row(tokens, row)
+
+    def _check_row(self, tokens: int, row: Sequence[float]) -> None:
+        if len(row) != len(self.contexts):
+            raise ValueError(f"row tokens={tokens}: expected one time for each of contexts={self.contexts}, got {row}")
+        for context, seconds in zip(self.contexts, row, strict=True):
+            if not 0 <= seconds < inf:
+                raise ValueError(f"row tokens={tokens}, context={context}: seconds={seconds} must be finite and >= 0")
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[tuple[int, float, float]]) -> Table:
+        """Build the grid from rows of (tokens, context, seconds), in any order.
+
+        Raises:
+            ValueError: A cell is missing or occurs twice, or see `Table`.
+        """
+        cells: dict[tuple[int, float], float] = {}
+        for tokens, context, seconds in rows:
+            if (tokens, context) in cells:
+                raise ValueError(f"row tokens={tokens}, context={context} occurs twice")
+            cells[tokens, context] = seconds
+        all_tokens = tuple(sorted({tokens for tokens, _ in cells}))
+        contexts = tuple(sorted({context for _, context in cells}))
+        missing = next(((t, c) for t in all_tokens for c in contexts if (t, c) not in cells), None)
+        if missing:
+            raise ValueError(f"row tokens={missing[0]}, context={missing[1]} is missing: the grid must be full")
+        return cls(all_tokens, contexts, tuple(tuple(cells[t, c] for c in contexts) for t in all_tokens))
+
+
+def _check_knots(axis: str, knots: Sequence[float]) -> None:
+    if not knots:
+        raise ValueError(f"{axis} needs at least one knot")
+    if not (isfinite(knots[0]) and knots[0] >= 0):
+        raise ValueError(f"{axis}[0]={knots[0]} must be finite and >= 0")
+    for i in range(1, len(knots)):
+        if not knots[i - 1] < knots[i] < inf:
+            raise ValueError(f"{axis}[{i}]={knots[i]} must be finite and above {axis}[{i - 1}]={knots[i - 1]}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Seconds against context at one number of tokens: ``intercepts[i] + slopes[i] * context`` in segment i.
+
+    Segment i ends at context knot i; the last one has no end.
+    """
+
+    intercepts: list[float]
+    slopes: list[float]
+    outside: bool
+
+
+class _Lookup:
+    """A table's rows for any number of tokens, interpolated once and kept."""
+
+    def __init__(self, table: Table, calibration: float, overhead_s: float) -> None:
+        self.table = table
+        self.knots = [float(context) for context in table.contexts]
+        self.ends = [*self.knots, inf]
+        self.last_context = self.knots[-1]
+        self.rows: dict[int, _Row] = {}
+        self._calibration = calibration
+        self._overhead_s = overhead_s
+
+    def make_row(self, tokens: int) -> _Row:
+        """Interpolate the row of *tokens* and keep it in `rows`."""
+        if tokens < 1:
+            raise ValueError(f"an iteration needs at least 1 token, got {tokens}")
+        times = [seconds * self._calibration + self._overhead_s for seconds in self._seconds(tokens)]
+        knots = self.knots
+        slopes = [0.0]  # below the first knot its time holds
+        slopes += [(times[i + 1] - times[i]) / (knots[i + 1] - knots[i]) for i in range(len(knots) - 1)]
+        # A table that falls at its end does so by noise; going on falling would end below zero.
+        slopes.append(max(0.0, slopes[-1]))
+        starts = [0, *range(len(knots))]
+        intercepts = [times[start] - slope * knots[start] for start, slope in zip(starts, slopes, strict=True)]
+        row = self.rows[tokens] = _Row(intercepts, slopes, outside=tokens > self.table.tokens[-1])
+        return row
+
+    def _seconds(self, tokens: int) -> list[float]:
+        knots, rows = self.table.tokens, self.table.seconds
+        i = bisect_right(knots, tokens)
+        if i == 0 or len(knots) == 1:
+            return list(rows[0])
+        beyond = i == len(knots)
+        low, high = (i - 2, i - 1) if beyond else (i - 1, i)
+        share = (tokens - knots[low]) / (knots[high] - knots[low])
+        steps = [b - a for a, b in zip(rows[low], rows[high], strict=True)]
+        if beyond:
+            return [b + (share - 1) * max(0.0, step) for b, step in zip(rows[high], steps, strict=True)]
+        return [a + share * step for a, step in zip(rows[low], steps, strict=True)]
+
+
+class IterationTimes:
+    """Seconds of one engine iteration, from a decode and a prefill table.
+
+    Times are linear between knots; a lookup is ``table * calibration + overhead_s``. Below the first knot its time
+    holds. Beyond the last knot the last segment goes on, level if it falls, and `extrapolated` counts such lookups.
+
+    Attributes:
+        source: Where the tables come from.
+        status: How sure they are.
+        extrapolated: Number of lookups beyond a table's last knots; a span counts once.
+    """
+
+    def __init__(
+        self,
+        decode: Table,
+        prefill: Table,
+        *,
+        calibration: float = 1.0,
+        overhead_s: float = 0.0,
+        source: str,
+        status: Status,
+    ) -> None:
+        if not 0 < calibration < inf:
+            raise ValueError(f"calibration={calibration} must be finite and > 0")
+        if not 0 <= overhead_s < inf:
+            raise ValueError(f"overhead_s={overhead_s} must be finite and >= 0")
+        self.source = source
+        self.status: Status = status
+        self.extrapolated = 0
+        self._decode = _Lookup(decode, calibration, overhead_s)
+        self._prefill = _Lookup(prefill, calibration, overhead_s)
+
+    def decode_s(self, batch: int, context: float) -> float:
+        """Seconds of an iteration in which *batch* requests of mean *context* tokens decode one token each."""
+        return self._at(self._decode, batch, context)
+
+    def prefill_s(self, tokens: int, attended: float) -> float:
+        """Seconds of an iteration that computes *tokens* prompt tokens, each attending to *attended* tokens on average.
+
+        A fresh prompt of s tokens has s / 2, after p cached ones p + s / 2.
+        """
+        return self._at(self._prefill, tokens, attended)
+
+    def iteration_s(self, prefill_tokens: int, attended: float, batch: int, context: float) -> float:
+        """Seconds of an iteration that prefills and decodes at once; without one part, the other's own time.
+
+        All tokens pass the linear layers together, as in a prefill of both; reading the decoding requests' context
+        costs what the decode table adds above its shortest context. Against aiconfigurator's own mixed iterations the
+        median error is 0.4 % to 3 % for Qwen2.5-7B and the worst 12 %, mostly too fast; the plain sum of both parts
+        would be some 20 % too slow.
+        """
+        if not prefill_tokens:
+            return self.decode_s(batch, context)
+        if not batch:
+            return self.prefill_s(prefill_tokens, attended)
+        tokens = prefill_tokens + batch
+        shortest = self._decode.knots[0]
+        mean_attended = (prefill_tokens * attended + batch * shortest) / tokens
+        reading_s = self.decode_s(batch, context) - self.decode_s(batch, shortest)
+        return self.prefill_s(tokens, mean_attended) + max(0.0, reading_s)
+
+    def decode_span_s(self, batch: int, context: float, iterations: int) -> float:
+        """Seconds of *iterations* decode iterations at a fixed batch, where each adds a token to every request.
+
+        Equals the sum of ``decode_s(batch, context + j)`` over j < *iterations*: arithmetic series, cut at the knots.
+        """
+        if iterations < 0:
+            raise ValueError(f"iterations={iterations} must be >= 0")
+        lookup = self._decode
+        row = lookup.rows.get(batch) or lookup.make_row(batch)
+        last = context + iterations - 1
+        if last > lookup.last_context or row.outside:
+            self.extrapolated += 1
+        i = bisect_right(lookup.knots, context)
+        if last <= lookup.ends[i]:
+            return iterations * (row.intercepts[i] + row.slopes[i] * (context + (iterations - 1) / 2))
+        return self._span_over_knots(row, context, iterations)
+
+    def _span_over_knots(self, row: _Row, context: float, iterations: int) -> float:
+        lookup = self._decode
+        seconds = 0.0
+        done = 0
+        while done < iterations:
+            start = context + done
+            i = bisect_right(lookup.knots, start)
+            rest = iterations - done
+            count = min(rest, ceil(lookup.ends[i] - start)) if i < len(lookup.knots) else rest
+            seconds += count * (row.intercepts[i] + row.slopes[i] * (start + (count - 1) / 2))
+            done += count
+        return seconds
+
+    def iterations_until(self, batch: int, context: float, seconds: float) -> int:
+        """Smallest number of decode iterations that takes at least *seconds*; the inverse of `decode_span_s`.
+
+        A shortfall of 1e-12 of *seconds* passes for rounding.
+
+        Raises:
+            ValueError: *seconds* are not finite, or iterations take no time, so that no number is enough.
+        """
+        if not seconds < inf:
+            raise ValueError(f"seconds={seconds} must be finite")
+        rest_s = seconds * (1 - 1e-12)
+        if rest_s <= 0:
+            return 0
+        lookup = self._decode
+        row = lookup.rows.get(batch) or lookup.make_row(batch)
+        done = 0
+        while True:
+            start = context + done
+            i = bisect_right(lookup.knots, start)
+            slope = row.slopes[i]
+            first_s = row.intercepts[i] + slope * start
+            if i < len(lookup.knots):
+                count = ceil(lookup.ends[i] - start)
+                segment_s = count * (first_s + slope * (count - 1) / 2)
+                if segment_s < rest_s:
+                    rest_s -= segment_s
+                    done += count
+                    continue
+            terms = _terms_until(first_s, slope, rest_s)
+            if row.outside or context + done + terms - 1 > lookup.last_context:
+                self.extrapolated += 1
+            return done + terms
+
+    def flat_batch(self, context: float, tolerance: float) -> int:
+        """Largest batch, up to the table's last, that decodes at most *tolerance* slower than a batch of 1.
+
+        *tolerance* is a fraction of that batch's iteration time.
+        """
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance={tolerance} must be >= 0")
+        knots = self._decode.table.tokens
+        limit_s = (1 + tolerance) * self.decode_s(1, context)
+        # From above: noise makes some tables dip, and the largest batch is wanted, not the first that is too slow.
+        high = len(knots) - 1
+        while high > 0 and self.decode_s(knots[high], context) > limit_s:
+            low = high - 1
+            if self.decode_s(knots[low], context) <= limit_s:
+                return self._last_within(limit_s, context, knots[low], knots[high])
+            high = low
+        return max(1, knots[high])
+
+    def _last_within(self, limit_s: float, context: float, low: int, high: int) -> int:
+        """Largest batch in [low, high) that takes at most *limit_s*, where low does and high does not."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.decode_s(middle, context) <= limit_s:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _at(self, lookup: _Lookup, tokens: int, context: float) -> float:
+        row = lookup.rows.get(tokens) or lookup.make_row(tokens)
+        if context > lookup.last_context or row.outside:
+            self.extrapolated += 1
+        i = bisect_right(lookup.knots, context)
+        return row.intercepts[i] + row.slopes[i] * context
+
+
+def _terms_until(first: float, slope: float, total: float) -> int:
+    """Smallest number of terms of first, first + slope, first + 2 slope ... that add up to *total*."""
+    # The root of n * first + slope * n (n - 1) / 2 = total, in the form that survives a slope of zero.
+    half = first - slope / 2
+    divisor = half + sqrt(max(0.0, half * half + 2 * slope * total))
+    if divisor <= 0:
+        raise ValueError("decode iterations take no time here, so no number of them is enough")
+    return max(1, ceil(2 * total / divisor))
+
+
+def load_iteration_times(
+    model: Model, gpu: str, tensor_parallel: int, *, calibration: float = 1.0, overhead_s: float = 0.0
+) -> IterationTimes | None:
+    """Times from the shipped table, or None when it does not hold this model, GPU and tensor-parallel degree."""
+    tables = _shipped_tables().get((model.name, gpu.lower(), tensor_parallel))
+    if tables is None:
+        return None
+    decode, prefill = tables
+    return IterationTimes(
+        decode, prefill, calibration=calibration, overhead_s=overhead_s, source=SOURCE, status="derived"
+    )
+
+
+@cache
+def _shipped_tables() -> dict[tuple[str, str, int], tuple[Table, Table]]:
+    """(decode, prefill) of every (model, GPU, tensor-parallel degree) in the shipped CSV file."""
+    rows: dict[tuple[str, str, int], dict[str, list[tuple[int, float, float]]]] = {}
+    path = files("simrl.traces").joinpath("data/iteration_times.csv")
+    for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+        key = (line["model"], line["gpu"], int(line["tensor_parallel"]))
+        kinds = rows.setdefault(key, {"decode": [], "prefill": []})
+        kinds[line["kind"]].append((int(line["tokens"]), float(line["context"]), float(line["milliseconds"]) / 1e3))
+    return {key: (Table.from_rows(kinds["decode"]), Table.from_rows(kinds["prefill"])) for key, kinds in rows.items()}
+
+
+def roofline_iteration_times(
+    model: Model,
+    *,
+    peak_flops: float,
+    memory_bytes_per_s: float,
+    tensor_parallel: int,
+    flops_efficiency: float,
+    memory_efficiency: float,
+    allreduce_bytes_per_s: float,
+    calibration: float = 1.0,
+    overhead_s: float = 0.0,
+) -> IterationTimes:
+    """Times from peak rates, where nothing was measured; on the shipped table's knots, in bf16.
+
+    Rates are per GPU; ``allreduce_bytes_per_s`` is the bus bandwidth of a ring, and is not read at TP 1. Efficiencies
+    are the shares of the peaks that kernels reach.
+
+    Raises:
+        ValueError: A rate is not positive, or an efficiency is not in (0, 1].
+    """
+    _check_positive("tensor_parallel", tensor_parallel)
+    _check_positive("peak_flops", peak_flops)
+    _check_positive("memory_bytes_per_s", memory_bytes_per_s)
+    _check_share("flops_efficiency", flops_efficiency)
+    _check_share("memory_efficiency", memory_efficiency)
+    if tensor_parallel > 1:
+        _check_positive("allreduce_bytes_per_s", allreduce_bytes_per_s)
+    rates = _Rates(
+        flops_per_s=peak_flops * flops_efficiency * tensor_parallel,
+        bytes_per_s=memory_bytes_per_s * memory_efficiency * tensor_parallel,
+        allreduce_bytes_per_s=allreduce_bytes_per_s,
+        tensor_parallel=tensor_parallel,
+    )
+    decode = ((b, c, _roofline_decode_s(model, rates, b, c)) for b in BATCH_KNOTS for c in CONTEXT_KNOTS)
+    prefill = ((t, a, _roofline_prefill_s(model, rates, t, a)) for t in TOKEN_KNOTS for a in ATTENDED_KNOTS)
+    return IterationTimes(
+        Table.from_rows(decode),
+        Table.from_rows(prefill),
+        calibration=calibration,
+        overhead_s=overhead_s,
+        source=(
+            f"roofline: {peak_flops:.4g} FLOP/s at {flops_efficiency:g}, "
+            f"{memory_bytes_per_s:.4g} B/s at {memory_efficiency:g}, TP {tensor_parallel}"
+        ),
+        status="assumed",
+    )
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """What the GPUs of one engine reach together, but for the all-reduce, which is per GPU."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    allreduce_bytes_per_s: float
+    tensor_parallel: int
+
+
+def _roofline_decode_s(model: Model, rates: _Rates, batch: int, context: float) -> float:
+    kv_bytes = batch * context * model.kv_bytes_per_token()
+    attention_s = max(_attention_flops(model, batch, context) / rates.flops_per_s, kv_bytes / rates.bytes_per_s)
+    return _linear_s(model, rates, batch, logits=batch) + attention_s + _allreduce_s(model, rates, batch)
+
+
+def _roofline_prefill_s(model: Model, rates: _Rates, tokens: int, attended: float) -> float:
+    # As one request: its last token attends to attended + tokens / 2. Several read more, but then compute is the bound.
+    kv_bytes = (attended + tokens / 2) * model.kv_bytes_per_token()
+    attention_s = max(_attention_flops(model, tokens, attended) / rates.flops_per_s, kv_bytes / rates.bytes_per_s)
+    return _linear_s(model, rates, tokens, logits=1) + attention_s + _allreduce_s(model, rates, tokens)
+
+
+def _linear_s(model: Model, rates: _Rates, tokens: int, logits: int) -> float:
+    head = model.vocab * model.hidden
+    layers = model.parameters - head * (1 if model.tied_embeddings else 2)  # looking an embedding up costs nothing
+    flops = 2 * (layers * tokens + head * logits)
+    return max(flops / rates.flops_per_s, 2 * (layers + head) / rates.bytes_per_s)
+
+
+def _attention_flops(model: Model, tokens: float, attended: float) -> float:
+    return 4 * model.layers * model.heads * model.head_dim * tokens * attended  # scores and values, 2 FLOPs each
+
+
+def _allreduce_s(model: Model, rates: _Rates, tokens: int) -> float:
+    if rates.tensor_parallel == 1:
+        return 0.0
+    # Two a layer, after attention and feed-forward; a ring sends each byte 2 (n - 1) / n times.
+    message_bytes = 2 * tokens * model.hidden
+    ring = 2 * (rates.tensor_parallel - 1) / rates.tensor_parallel
+    return 2 * model.layers * message_bytes * ring / rates.allreduce_bytes_per_s
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < inf:
+        raise ValueError(f"{name}={value} must be finite and > 0")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value} must be above 0 and at most 1")

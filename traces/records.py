@@ -1,0 +1,70 @@
+"""What a run leaves behind: four tidy frames, one observation a row, the same for simulated and real runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SAMPLE_COLUMNS = (
+    "response_id", "step", "epoch", "prompt_id", "sample", "prompt_tokens", "response_tokens", "truncated",
+    "function", "weights_version", "assigned_s", "finished_s", "prepared_s", "migrations", "prefill_tokens",
+    "cached_tokens",
+)  # fmt: skip
+PHASE_COLUMNS = ("step", "epoch", "stage", "start_s", "end_s")
+WORKER_COLUMNS = ("function", "node", "gpus", "gpu_ids", "state", "role", "stage", "start_s", "end_s")
+DECISION_COLUMNS = ("time_s", "step", "decision", "function", "responses", "detail")
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Rows as they are reported; nothing is derived here.
+
+    Attributes:
+        samples: A row a response: who generated it when, with which weights, and what its prefill cost. A step is the
+            phase "step", from the arrival of its prompts to the end of its learning.
+        phases: A row a step and stage, from first to last activity.
+        workers: A row an interval of a function in one state: `busy`, `idle`, `cold` (GPUs held but not yet of use:
+            start, wake, park, change of role) or `parked` (no GPU held). `stage` is what it works for, or for an idle
+            one last worked for; empty for one that has not worked since it started or woke.
+        decisions: A row a decision.
+    """
+
+    samples: list[tuple[object, ...]] = field(default_factory=list)
+    phases: list[tuple[object, ...]] = field(default_factory=list)
+    workers: list[tuple[object, ...]] = field(default_factory=list)
+    decisions: list[tuple[object, ...]] = field(default_factory=list)
+
+    def frames(self) -> Frames:
+        """The rows as data frames."""
+        return Frames(
+            samples=_frame(self.samples, SAMPLE_COLUMNS),
+            phases=_frame(self.phases, PHASE_COLUMNS),
+            workers=_frame(self.workers, WORKER_COLUMNS),
+            decisions=_frame(self.decisions, DECISION_COLUMNS),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """The four frames of a run, as described in `Recorder`."""
+
+    samples: pd.DataFrame
+    phases: pd.DataFrame
+    workers: pd.DataFrame
+    decisions: pd.DataFrame
+
+    def by_name(self) -> dict[str, pd.DataFrame]:
+        """Frames under the names of their files."""
+        names = ("samples", "phases", "workers", "decisions")
+        return {name: getattr(self, name) for name in names}
+
+
+def _frame(rows: Sequence[tuple[object, ...]], columns: tuple[str, ...]) -> pd.DataFrame:
+    import pandas as pd  # heavy: only when a run is over
+
+    values = zip(*rows, strict=True) if rows else ([] for _ in columns)
+    return pd.DataFrame({column: list(column_values) for column, column_values in zip(columns, values, strict=True)})

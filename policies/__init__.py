@@ -1,1 +1,1 @@
-
+"""Scheduling policies, and the contract that backends and policies keep."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -39,11 +39,10 @@ def load_policy_class(spec: str) -> type[Policy]:
                 f"policy {spec!r} is unknown{did_you_mean(spec, installed)}; known: {known}, or package.module:Class"
             )
         spec = installed[spec]
-    found: Any = _import(spec)
+    found = _import(spec)
     if not (inspect.isclass(found) and callable(getattr(found, "decide", None))):
         raise ValueError(f"policy {spec!r} is no class with a method decide(observation)")
-    policy_class: type[Policy] = found
-    return policy_class
+    return cast("type[Policy]", found)
 
 
 def _import(spec: str) -> object:

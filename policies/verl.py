@@ -6,6 +6,7 @@ the engines in contiguous data-parallel chunks of whole groups, and a barrier se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -69,7 +70,7 @@ class Verl:
         if self.params.dispatch == "chunks":
             shares = chunks(prompts, len(self.functions))
         else:
-            shares = least_loaded(prompts, len(self.functions))
+            shares = [tuple(share) for share in least_loaded(prompts, len(self.functions))]
         pairs = zip(self.functions, shares, strict=True)
         return [Assign(function, responses_of(share)) for function, share in pairs if share]
 
@@ -89,11 +90,11 @@ def start_everywhere(observation: Observation, roles: tuple[Role, ...] = COLOCAT
     return starts
 
 
-def chunks(prompts: Sequence[Prompt], parts: int) -> list[Sequence[Prompt]]:
+def chunks(prompts: Sequence[Prompt], parts: int) -> list[tuple[Prompt, ...]]:
     """Contiguous parts whose sizes differ by at most one."""
     size, longer = divmod(len(prompts), parts)
     bounds = [i * size + min(i, longer) for i in range(parts + 1)]
-    return [prompts[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(prompts[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 def least_loaded(prompts: Sequence[Prompt], parts: int) -> list[list[Prompt]]:

@@ -1,1 +1,1 @@
-
+"""Real engines and a real learner behind the same contract."""

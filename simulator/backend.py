@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -43,7 +43,7 @@ from simrl.policies.contract import (
 from simrl.simulator.cluster import GpuPool, Network
 from simrl.simulator.costs import Costs, DoesNotFit
 from simrl.simulator.engine import Request
-from simrl.simulator.function import Gang, Rollout, SimFunction, World
+from simrl.simulator.function import Gang, Process, Rollout, SimFunction, World
 from simrl.simulator.view import View
 from simrl.traces.records import Recorder
 
@@ -589,7 +589,7 @@ class SimulatedBackend:
         if isinstance(trigger, At):
             self.env.process(self._alarm(trigger))
 
-    def _alarm(self, trigger: At) -> Iterator[simpy.Event]:
+    def _alarm(self, trigger: At) -> Process:
         yield self.env.timeout(max(trigger.time_s - self.env.now, 0.0))
         self._events.append(trigger)
 

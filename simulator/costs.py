@@ -206,12 +206,13 @@ class Costs:
         room = self.kv_blocks(gpus, learner_world) * 16
         if room < longest:
             state = self._idle_state_bytes(learner_world)
+            weights = self.weight_bytes / gpus
+            parts = f"{weights / GB:.1f} weights + {(without_kv - state - weights) / GB:.1f} activations"
+            parts += f" + {state / GB:.1f} learner + {kv / GB:.1f} KV of one response of {longest} tokens"
             raise DoesNotFit(
-                f"{self.job.model} does not fit on {gpus} x {self.node.gpu} an engine: each GPU needs"
-                f" {(without_kv + kv) / GB:.1f} GB ({self.weight_bytes / gpus / GB:.1f} weights"
-                f" + {(without_kv - state - self.weight_bytes / gpus) / GB:.1f} activations + {state / GB:.1f} learner"
-                f" + {kv / GB:.1f} KV of one response of {longest} tokens) and has {self.node.gpu_memory_bytes / GB:.1f} GB,"
-                f" of which the engine may use {self._utilization:.0%}"
+                f"{self.job.model} does not fit on {gpus} x {self.node.gpu} an engine:"
+                f" each GPU needs {(without_kv + kv) / GB:.1f} GB ({parts}) and has"
+                f" {self.node.gpu_memory_bytes / GB:.1f} GB, of which an engine may use {self._utilization:.0%}"
                 f" (try more GPUs an engine: engine.tensor_parallel, or more nodes)"
             )
 
@@ -271,9 +272,9 @@ class Costs:
         """A ring all-gather or reduce-scatter of *size_bytes* over *gpus* GPUs: its slowest link sets the pace."""
         if gpus == 1:
             return 0.0
-        slowest = (
-            self.node.link_bytes_per_s if nodes == 1 else min(self.node.link_bytes_per_s, self.node.nic_bytes_per_s)
-        )
+        slowest = self.node.link_bytes_per_s
+        if nodes > 1:
+            slowest = min(slowest, self.node.nic_bytes_per_s)
         return size_bytes * (gpus - 1) / gpus / slowest
 
     def _optimizer_s(self, gpus: int) -> float:

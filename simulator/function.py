@@ -70,6 +70,12 @@ class Gang:
     arrived: int = 0
     done: int = 0
 
+    def wait_for_weights(self) -> Process:
+        """Let the gang go once *after* has fired."""
+        assert self.after is not None
+        yield self.after
+        self.go.succeed()
+
 
 class Listener(Protocol):
     """Whom a function tells what happened."""
@@ -427,7 +433,7 @@ class SimFunction:
         elif gang.after is None or gang.after.processed:
             gang.go.succeed()
         else:
-            gang.after.callbacks.append(lambda _: gang.go.succeed())
+            self.world.env.process(gang.wait_for_weights())
         if not gang.go.processed:
             yield gang.go
 

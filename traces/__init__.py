@@ -1,1 +1,1 @@
-
+"""What simulated and real runs share: job, lengths, times, sourced constants, records."""

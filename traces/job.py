@@ -59,7 +59,6 @@ class Engine(Section):
 
     preset: str = "vllm-current"
     tensor_parallel: int = Field(2, ge=1, le=8, description="GPUs an engine, where the policy does not choose")
-    tensor_parallel: int = Field(2, ge=1, le=8, description="GPUs an engine, where the policy does not choose")
     max_num_seqs: int | None = Field(None, ge=1)
     max_num_batched_tokens: int | None = Field(None, ge=1)
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)

@@ -61,7 +61,7 @@ class FunctionLost:
 
 @dataclass(frozen=True, slots=True)
 class FunctionIdle:
-    """A function has nothing left to do. `after` says what it did: started, woken, drained, prepared, learned, synced."""
+    """A function has nothing left to do; `after` is started, woken, drained, prepared, learned or synced."""
 
     function: str | None = None
     after: str | None = None

@@ -62,7 +62,7 @@ class Config(Section):
 
     def with_policy(self, policy: str) -> Self:
         """The same run under another policy, which keeps those given parameters that it knows."""
-        known = _param_fields(load_policy_class(policy))
+        known = _param_fields(_policy_class(Given(policy, "as an argument")))
         params = self.policy_params if known is None else {k: v for k, v in self.policy_params.items() if k in known}
         return self.model_copy(update={"policy": policy, "policy_params": params})
 
@@ -185,6 +185,8 @@ def preset_text(name: str) -> str:
 
 
 def _read_preset(given: Given) -> Layer:
+    if not isinstance(given.value, str):
+        raise ConfigError(f"preset={_shown(given.value)} must be a text ({given.origin})")
     try:
         check_known("preset", given.value, preset_names())
     except ValueError as error:
@@ -220,7 +222,7 @@ def _resolve(layers: Sequence[Layer], policies: Sequence[str] | None) -> Config:
     params.pop("name", None)
     for policy_class in classes:
         _check_params(policy_class, params, merged)
-    config = _validated(Config, {**tree, "policy": name.value, "policy_params": params}, merged, ())
+    config: Config = _validated(Config, {**tree, "policy": name.value, "policy_params": params}, merged, ())
     _check_names(config, merged)
     return config
 
@@ -232,9 +234,7 @@ def _merge(layers: Sequence[Layer]) -> dict[toml_text.Path, Given]:
     merged: dict[toml_text.Path, Given] = {}
     for layer, name in zip(layers, named, strict=True):
         foreign = name is not None and name != final
-        for path, given in layer.values.items():
-            if not (foreign and path[0] == "policy"):
-                merged[path] = given
+        merged |= {path: given for path, given in layer.values.items() if not (foreign and path[0] == "policy")}
     return merged
 
 
@@ -275,6 +275,8 @@ def _check_keys(merged: Mapping[toml_text.Path, Given], classes: Sequence[type[A
     params = {name for fields in per_class for name in fields or ()}
     known = [*_section_paths(), "policy.name", *(f"policy.{name}" for name in sorted(params)), "preset", "seed"]
     for path, given in merged.items():
+        if len(path) == 1 and path[0] in (*SECTIONS, "policy"):
+            raise ConfigError(f"{path[0]}={_shown(given.value)} must be a table ({given.origin})")
         if path[0] == "policy" and len(path) > 1 and (any_param or path[1] in params):
             continue
         if path[:2] == ("cluster", "parameters") and len(path) > 2:
@@ -331,9 +333,9 @@ def _explain(
     if first["type"] == "value_error":  # a rule of ours over several keys
         message = str(first["msg"]).removeprefix("Value error, ")
         return f"{'.'.join(path[:1])}: {message} ({_origin_of_rule(path, message, merged)})"
-    if first["type"] == "model_type":
-        return f"{_dotted(path)} must be a table ({merged[path].origin if path in merged else 'the configuration'})"
-    given = merged.get(path) or Given(first["input"], "the configuration")
+    if first["type"] == "missing":
+        return f"{_dotted(path)} is missing, and has no default"
+    given = merged.get(path) or Given(first["input"], _origins_below(path, merged))
     info = _field(model, tuple(map(str, first["loc"])))
     allowed = f"must be {_allowed(info)}" if info is not None and _allowed(info) else str(first["msg"])
     if given.shown_as and _type_is_right(given.value, info):  # a flag's type was checked: tell only its range
@@ -349,6 +351,12 @@ def _origin_of_rule(path: toml_text.Path, message: str, merged: Mapping[toml_tex
     return ", ".join(dict.fromkeys(users or origins)) or "the configuration"
 
 
+def _origins_below(path: toml_text.Path, merged: Mapping[toml_text.Path, Given]) -> str:
+    """Where anything at *path*, below it or above it was given."""
+    near = [given.origin for key, given in merged.items() if key[: len(path)] == path or path[: len(key)] == key]
+    return ", ".join(dict.fromkeys(near)) or "the configuration"
+
+
 def _field(model: type[BaseModel], path: toml_text.Path) -> FieldInfo | None:
     info = next((f for name, f in model.model_fields.items() if path and path[0] in (name, f.alias)), None)
     if info is None or len(path) == 1:
@@ -357,7 +365,13 @@ def _field(model: type[BaseModel], path: toml_text.Path) -> FieldInfo | None:
     return _field(inner, path[1:]) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
-_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    dict: "a table",
+}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -366,7 +380,7 @@ def _allowed(info: FieldInfo) -> str:
     types = _types(info)
     if len(types) == 1 and get_origin(types[0]) is Literal:
         return "one of " + ", ".join(map(repr, get_args(types[0])))
-    kinds = [_KINDS.get(kind, "") for kind in types]
+    kinds = [_KINDS.get(get_origin(kind) or kind, "") for kind in types]
     if not all(kinds):
         return ""
     bounds = _bounds(info)
@@ -403,8 +417,7 @@ def _check_names(config: Config, merged: Mapping[toml_text.Path, Given]) -> None
         try:
             return check()
         except ValueError as error:
-            origins = [given.origin for key, given in merged.items() if key[: len(path)] == path]
-            raise ConfigError(f"{error} ({', '.join(dict.fromkeys(origins)) or 'the configuration'})") from None
+            raise ConfigError(f"{error} ({_origins_below(path, merged)})") from None
 
     table = checked(("cluster", "parameters"), lambda: Parameters(config.cluster.parameters))
     node_type = config.cluster.node_type

@@ -39,6 +39,7 @@ from simrl.policies.contract import (
     StepStarted,
     Subscribe,
     Sync,
+    Trigger,
     Wake,
 )
 from simrl.policies.verl import responses_of, start_everywhere
@@ -145,7 +146,7 @@ class RLHFless:
             places = places[:count]
         self.learners = tuple(start.function for start in places)
         self.functions = (*self.learners, *self.pending_starts)
-        triggers = [StageFinished("generation"), StageFinished("preparation"), FunctionIdle()]
+        triggers: list[Trigger] = [StageFinished("generation"), StageFinished("preparation"), FunctionIdle()]
         if self.params.cut_and_migrate and self.params.cut_threshold < 1:
             triggers += [CompletionRatio(self.params.cut_threshold, name) for name in self.functions]
         return [*places, *map(Subscribe, triggers)]
@@ -186,15 +187,14 @@ class RLHFless:
         if function not in self.actors or not left or not self.generating:
             return []
         others = [observation.functions[name] for name in self.actors if name != function]
-        room = {other.name: other.free_slots for other in others if other.num_unfinished}
-        if sum(room.values()) < len(left):
+        others = sorted((o for o in others if o.num_unfinished), key=lambda o: o.free_slots, reverse=True)
+        if sum(other.free_slots for other in others) < len(left):
             return []
-        shares: dict[str, list[int]] = {}
-        for response in left:
-            target = max(room, key=room.__getitem__)
-            room[target] -= 1
-            shares.setdefault(target, []).append(response)
-        moves = [Migrate(tuple(responses), target) for target, responses in shares.items()]
+        moves: list[Decision] = []
+        for other in others:
+            taken, left = left[: other.free_slots], left[other.free_slots :]
+            if taken:
+                moves.append(Migrate(taken, other.name))
         return [*moves, *self.park(observation, [function])]
 
     def finish_generation(self, observation: Observation) -> list[Decision]:

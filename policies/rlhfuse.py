@@ -67,13 +67,12 @@ class RLHFuse:
                     decisions += [Assign(function, responses_of(share)) for function, share in pairs if share]
                 case UnfinishedBelow():
                     decisions += self.fuse(observation)
-                case FunctionIdle(function=str(function), after="prepared") if function in self.freed:
-                    decisions += self.prepare_next([function], observation)
                 case StageFinished(stage="generation"):
                     decisions += self.prepare_rest(observation)
                 case StageFinished(stage="preparation"):
                     decisions.append(Learn(self.functions))
-        return decisions
+        ready = [event.function for event in observation.events if isinstance(event, FunctionIdle)]
+        return [*decisions, *self.prepare_next([name for name in ready if name in self.freed], observation)]
 
     def set_up(self, observation: Observation) -> list[Decision]:
         """Start on every GPU, and ask to hear of the tail."""
@@ -85,7 +84,7 @@ class RLHFuse:
         )
         tail_begins = UnfinishedBelow(max(tail, 1))
         triggers = (StageFinished("generation"), StageFinished("preparation"), tail_begins, FunctionIdle())
-        return [*starts, *map(Subscribe, triggers)]
+        return [*starts, *(Subscribe(trigger) for trigger in triggers)]
 
     def fuse(self, observation: Observation) -> list[Decision]:
         """Gather the unfinished on the fewest engines, and let the others prepare what is finished."""
@@ -101,7 +100,7 @@ class RLHFuse:
             Migrate(tuple(responses), target) for target, responses in deal(moving, destinations).items() if responses
         ]
         self.freed = {function.name for function in freed}
-        return [*decisions, *self.prepare_next(sorted(self.freed), observation)]
+        return [*decisions, *self.prepare_next([function.name for function in freed], observation)]
 
     def prepare_next(self, functions: Sequence[str], observation: Observation) -> list[Decision]:
         """A piece of what is finished for each of *functions*: small, so that the end can be shared by all."""

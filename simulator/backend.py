@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TypeVar
 
 import simpy
 
@@ -46,6 +48,10 @@ from simrl.simulator.engine import Request
 from simrl.simulator.function import Gang, Process, Rollout, SimFunction, World
 from simrl.simulator.view import View
 from simrl.traces.records import Recorder
+
+Card = TypeVar("Card")
+
+EPSILON = 1e-9  # responses; a ratio such as 0.7 of 10 must fire at the 7th
 
 IDLE_CALLS_BEFORE_STALL = 1000  # a policy may subscribe to At(...) and wait; it may not wait for ever
 """Times a policy may be asked while nothing runs and do nothing before it counts as stalled."""
@@ -128,8 +134,13 @@ class SimulatedBackend:
         self.unassigned: dict[int, None] = {}
         self.unprepared: dict[int, None] = {}
         self._subscriptions: dict[Trigger, None] = {}
+        self._every: list[Completions] = []
+        self._below: list[UnfinishedBelow] = []
+        self._ratios: dict[str | None, list[CompletionRatio]] = {}  # by function; None: over all
         self._events: list[Event] = []
         self._planned: dict[str, str] = {}  # awake | parked | gone, once queued tasks are done
+        self._parked_bytes: dict[str, float] = {}  # in host memory
+        self._learner_gpus = 0
         self.planned_version: dict[str, int] = {}
         self._learned: dict[int, simpy.Event] = {}
         self._shards_placed = False
@@ -150,10 +161,11 @@ class SimulatedBackend:
             self._carry_out(decision)
         self._check_memory(decision for decision in decisions if isinstance(decision, Start))
         self._check_progress(decisions)
-        while not self._events and not self._over:
-            if self.env.peek() == float("inf"):
-                raise PolicyStalled(self._stall_report())
-            self.env.step()
+        try:
+            while not self._events and not self._over:
+                self.env.step()
+        except simpy.core.EmptySchedule:
+            raise PolicyStalled(self._stall_report()) from None
         while not self._over and self.env.peek() == self.env.now:
             self.env.step()  # all that happens at this moment is told at once
         if self._over:
@@ -257,6 +269,7 @@ class SimulatedBackend:
         del self.steps[state.step]
         for function in self.functions.values():
             function.assigned_by_step.pop(state.step, None)
+            function.unfinished_by_step.pop(state.step, None)
 
     # --- what functions report (Listener) ---
 
@@ -282,8 +295,8 @@ class SimulatedBackend:
 
     def rollouts_finished(self, function: SimFunction, requests: Sequence[Request]) -> None:
         """Book finished responses and fire triggers."""
-        by_function: dict[str, None] = {}
-        touched: dict[int, None] = {}
+        now = self.env.now
+        touched: dict[int, StepState] = {}
         for request in requests:
             rollout = self.rollouts[request.response_id]
             assert rollout.function is not None
@@ -297,41 +310,37 @@ class SimulatedBackend:
                 self._count(function, rollout.step, +1)
                 owner.poke()
             del owner.unfinished[request.response_id]
-            rollout.finished_s = self.env.now
+            function.unfinished_by_step[rollout.step] -= 1
+            rollout.finished_s = now
             self.unprepared[request.response_id] = None
             state = self.steps[rollout.step]
             state.unfinished -= 1
-            touched[rollout.step] = None
-            by_function[function.name] = None
-        for step in touched:
-            self.stage_active("generation", step, self.env.now)
-            if not self.steps[step].unfinished:
+            touched[rollout.step] = state
+        for step, state in touched.items():
+            if not state.unfinished:
+                self.stage_active("generation", step, now)
                 self._stage_finished("generation", step)
-        if self._subscriptions:
+        if self._every or self._below or self._ratios:
             self._completion_triggers(len(requests), touched, function)
 
     def _completion_triggers(self, count: int, steps: Iterable[int], function: SimFunction) -> None:
         before, self._completions = self._completions, self._completions + count
-        for trigger in self._subscriptions:
-            if isinstance(trigger, Completions):
-                if before // trigger.every != self._completions // trigger.every:
-                    self._events.append(trigger)
-            elif isinstance(trigger, UnfinishedBelow):
-                oldest = self.steps[min(self.steps)]
-                if oldest.unfinished < trigger.count:
-                    self._fire_once(oldest, trigger)
-            elif isinstance(trigger, CompletionRatio) and trigger.function in (None, function.name):
-                for step in steps:
-                    if self._ratio(self.steps[step], trigger.function) >= trigger.ratio:
-                        self._fire_once(self.steps[step], trigger)
-
-    def _ratio(self, state: StepState, function: str | None) -> float:
-        if function is None:
-            return 1 - state.unfinished / len(state.rollouts)
-        own = self.functions[function]
-        assigned = own.assigned_by_step[state.step]
-        unfinished = sum(rollout.step == state.step for rollout in own.unfinished.values())
-        return 1 - unfinished / assigned if assigned else 1.0
+        for every in self._every:
+            if before // every.every != self._completions // every.every:
+                self._events.append(every)
+        for below in self._below:
+            oldest = next(iter(self.steps.values()))
+            if oldest.unfinished < below.count:
+                self._fire_once(oldest, below)
+        for step in steps:
+            state = self.steps[step]
+            for ratio in self._ratios.get(None, ()):
+                if state.unfinished <= (1 - ratio.ratio) * len(state.rollouts) + EPSILON:
+                    self._fire_once(state, ratio)
+            for ratio in self._ratios.get(function.name, ()):
+                assigned = function.assigned_by_step[step]
+                if function.unfinished_by_step[step] <= (1 - ratio.ratio) * assigned + EPSILON:
+                    self._fire_once(state, ratio)
 
     def _fire_once(self, state: StepState, trigger: Trigger) -> None:
         if trigger not in state.fired:
@@ -387,7 +396,7 @@ class SimulatedBackend:
 
     def learner_world(self) -> int:
         """GPUs over which the learner's state is sharded."""
-        return sum(f.gpus for f in self.functions.values() if "learn" in f.roles and f.state is not State.GONE)
+        return self._learner_gpus
 
     def _function(self, decision: Decision, name: str, role: Role | tuple[Role, ...] | None = None) -> SimFunction:
         """The function called *name*, awake or starting, with *role* or one of several."""
@@ -424,6 +433,7 @@ class SimulatedBackend:
         function = SimFunction(self._world, decision.function, decision.gpus, decision.roles, decision.node)
         function.version = self.version  # a start loads the newest weights
         self.functions[decision.function] = function
+        self._learner_gpus += decision.gpus if "learn" in decision.roles else 0
         self._planned[decision.function] = "awake"
         self.planned_version[decision.function] = self.version
 
@@ -431,22 +441,22 @@ class SimulatedBackend:
         function = self._function(decision, decision.function)
         if self._planned[decision.function] == "parked":
             raise InvalidDecision(decision, f"{decision.function!r} is parked already", "a function that is awake")
-        host = sum(self._host_bytes(f) for n, f in self.functions.items() if self._planned[n] == "parked")
-        here = self._host_bytes(function)
-        has = self.costs.node.host_memory_bytes * self.costs.nodes
+        host = sum(size for name, size in self._parked_bytes.items() if self.functions[name].node == function.node)
+        here = function.gpus * self.costs.resident_bytes(function.gpus, function.roles, function.learner_world())
+        has = self.costs.node.host_memory_bytes
         if host + here > has:
-            raise InvalidDecision(decision, f"parked functions need {host + here:.3g} B", f"{has:.3g} B of host memory")
+            reason = f"functions parked on one node would take {(host + here) / 1e9:.0f} GB of host memory"
+            raise InvalidDecision(decision, reason, f"{has / 1e9:.0f} GB a node")
+        self._parked_bytes[decision.function] = here
         self._planned[decision.function] = "parked"
         function.add_task(function.park())
-
-    def _host_bytes(self, function: SimFunction) -> float:
-        return function.gpus * self.costs.resident_bytes(function.gpus, function.roles, function.learner_world())
 
     def _wake(self, decision: Wake) -> None:
         function = self._function(decision, decision.function)
         if self._planned[decision.function] != "parked":
             raise InvalidDecision(decision, f"{decision.function!r} is awake", "a parked function")
         self._planned[decision.function] = "awake"
+        del self._parked_bytes[decision.function]
         function.add_task(function.wake())
 
     def _release(self, decision: Release) -> None:
@@ -455,6 +465,8 @@ class SimulatedBackend:
             reason = f"{decision.function!r} holds shards of the learner's state"
             raise InvalidDecision(decision, reason, "Park it, or release functions without the learn role")
         self._planned[decision.function] = "gone"
+        self._parked_bytes.pop(decision.function, None)
+        self._learner_gpus -= function.gpus if "learn" in function.roles else 0
         function.add_task(function.release())
 
     def _assign(self, decision: Assign) -> None:
@@ -504,12 +516,13 @@ class SimulatedBackend:
             raise InvalidDecision(decision, reason, allowed)
 
     def _count(self, function: SimFunction, step: int, change: int) -> None:
+        """Book responses assigned or migrated to a function, or away from it."""
         function.assigned_by_step[step] = function.assigned_by_step.get(step, 0) + change
+        function.unfinished_by_step[step] = function.unfinished_by_step.get(step, 0) + change
 
     def _migrate(self, decision: Migrate) -> None:
         target = self._function(decision, decision.target, "decode")
-        unfinished = {i: r for f in self.functions.values() for i, r in f.unfinished.items()}
-        rollouts = self._responses(decision, decision.responses, unfinished, "unassigned or finished")
+        rollouts = self._responses(decision, decision.responses, _Unfinished(self.rollouts), "unassigned or finished")
         self._check_fresh(decision, decision.target, rollouts)
         if any(rollout.function == decision.target for rollout in rollouts):
             raise InvalidDecision(decision, f"some responses are on {decision.target!r} already", "another target")
@@ -556,10 +569,10 @@ class SimulatedBackend:
             raise InvalidDecision(decision, reason, f"all of {_some(sorted(everyone))}")
         state.learning = self._shards_placed = True
         gpus = sum(function.gpus for function in functions)
-        shares = balanced_shares(state.rollouts, [1] * gpus)
-        slowest = max(sum(map(total_tokens, share)) for share in shares)
-        mean_tokens = sum(map(total_tokens, state.rollouts)) / len(state.rollouts)
-        seconds = self.costs.learn_s(slowest, mean_tokens, gpus, len({f.node for f in functions}))
+        tokens = [total_tokens(rollout) for rollout in state.rollouts]
+        slowest = max(map(sum, deal_to_and_fro(sorted(tokens, reverse=True), gpus)))
+        nodes = len({function.node for function in functions})
+        seconds = self.costs.learn_s(slowest, sum(tokens) / len(tokens), gpus, nodes)
         gang = Gang(len(functions), self.env.event(), seconds)
         self._learned[self.version + sum(s.learning for s in self.steps.values())] = self.env.event()
         for function in functions:
@@ -586,6 +599,13 @@ class SimulatedBackend:
         if trigger in self._subscriptions:
             return
         self._subscriptions[trigger] = None
+        match trigger:
+            case Completions():
+                self._every.append(trigger)
+            case UnfinishedBelow():
+                self._below.append(trigger)
+            case CompletionRatio():
+                self._ratios.setdefault(trigger.function, []).append(trigger)
         if isinstance(trigger, At):
             self.env.process(self._alarm(trigger))
 
@@ -599,6 +619,26 @@ class SimulatedBackend:
     })  # fmt: skip
 
 
+class _Unfinished(Mapping[int, Rollout]):
+    """Responses that are on a function and not finished, without a copy of them."""
+
+    def __init__(self, rollouts: Mapping[int, Rollout]) -> None:
+        self._rollouts = rollouts
+
+    def __contains__(self, response_id: object) -> bool:
+        rollout = self._rollouts.get(response_id)  # type: ignore[call-overload]
+        return rollout is not None and rollout.function is not None and rollout.finished_s is None
+
+    def __getitem__(self, response_id: int) -> Rollout:
+        return self._rollouts[response_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return (response_id for response_id in self._rollouts if response_id in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def total_tokens(rollout: Rollout) -> int:
     """Prompt and response tokens of a finished response."""
     return rollout.request.prompt_tokens + rollout.request.generated
@@ -609,13 +649,16 @@ def balanced_shares(rollouts: Sequence[Rollout], weights: Sequence[int]) -> list
 
     verl balances with Karmarkar-Karp; over the hundreds of responses of a step both come within a few tokens.
     """
-    slots = [index for index, weight in enumerate(weights) for _ in range(weight)]
     order = sorted(rollouts, key=total_tokens, reverse=True)
-    shares: list[list[Rollout]] = [[] for _ in weights]
-    there_and_back = slots + slots[::-1]
-    for position, rollout in enumerate(order):
-        shares[there_and_back[position % len(there_and_back)]].append(rollout)
-    return shares
+    hands = deal_to_and_fro(order, sum(weights))
+    ends = list(itertools.accumulate(weights))
+    return [list(itertools.chain(*hands[end - weight : end])) for end, weight in zip(ends, weights, strict=True)]
+
+
+def deal_to_and_fro(cards: Sequence[Card], hands: int) -> list[list[Card]]:
+    """Deal *cards* to hands 0, 1, ... n, n, ... 1, 0, 0, 1, ...: what the first gets more once, it gets less next."""
+    there, back = 2 * hands, range(2 * hands - 1, hands - 1, -1)
+    return [[*cards[hand::there], *cards[turn::there]] for hand, turn in zip(range(hands), back, strict=True)]
 
 
 def _trigger_problem(trigger: object) -> tuple[str, str] | None:

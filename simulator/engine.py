@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from simrl.traces.iteration import IterationTimes
 
@@ -50,8 +51,7 @@ class Request:
         return self.prompt_tokens + self.generated
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """What the engine does next: *iterations* of the same kind, *seconds* in all."""
 
     iterations: int
@@ -89,6 +89,7 @@ class Engine:
     _context: int = 0  # sum of their tokens
     _phases: list[int] = field(default_factory=lambda: [0] * BLOCK_TOKENS)
     _finishes: list[tuple[int, int, Request]] = field(default_factory=list)
+    _stale: int = 0  # entries of requests that left before they were complete
     _order: Iterator[int] = field(default_factory=itertools.count)  # breaks ties in the heap
     _prefilling: dict[int, Request] = field(default_factory=dict)
     _chunks: list[tuple[Request, int]] = field(default_factory=list)  # planned prefill: request, tokens
@@ -124,14 +125,16 @@ class Engine:
     def plan(self) -> Span | None:
         """Schedule the next iterations; None when there is nothing to do, or nothing before `give_back`."""
         preempted = self._make_room()
-        if not preempted:
+        if not preempted and (self.waiting or self._prefilling):
             self._chunks = self._schedule_prefill()
         if self._chunks:
             return Span(1, self._mixed_seconds())
         if not self._batch:
             return self.plan() if preempted else None
         # After a preemption nothing is admitted in the same iteration, but may be in the next.
-        iterations = 1 if preempted else min(self._next_finish() - self._tick, self._iterations_that_fit())
+        iterations = 1 if preempted else self._next_finish() - self._tick
+        if iterations > BLOCK_TOKENS * (self.free_blocks // self._batch):  # so many fit without a closer look
+            iterations = min(iterations, self._iterations_that_fit())
         return Span(iterations, self.times.decode_span_s(self._batch, self._context / self._batch, iterations))
 
     def boundary(self, span: Span, elapsed_s: float) -> Span:
@@ -189,21 +192,36 @@ class Engine:
             budget -= self._take_chunk(request, budget, chunks)
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            cached = self._cached(request)
-            if not self._admit(request, cached, budget):
+            tokens = self._admit(request, budget)
+            if not tokens:
                 break
             self.waiting.popleft()
-            if request.kv_tokens == request.known_tokens - 1 and request.generated:
-                self._start_decoding(request)  # arrived with all its KV
-                budget -= 1
-                block = int(request.kv_tokens % BLOCK_TOKENS == 0)
+            budget -= tokens
+            if request.generated and request.kv_tokens == request.known_tokens - 1:  # arrived with all its KV
+                block = int(request.kv_tokens % BLOCK_TOKENS == 0)  # to be taken when it decodes
+                request._blocks -= block
                 reserved += block
-                self.free_blocks -= block
+                self._start_decoding(request)
             else:
                 self._prefilling[request.response_id] = request
-                budget -= self._take_chunk(request, budget, chunks)
+                chunks.append((request, tokens))
         self.free_blocks += reserved
         return chunks
+
+    def _admit(self, request: Request, budget: int) -> int:
+        """Let *request* run if its next tokens have room; returns how many are computed, 0 if it has to wait."""
+        cached = self._cached(request)
+        tokens = min(request.known_tokens - cached, budget)
+        group = self._groups.get(request.group) or _Group()
+        if not self._take_blocks(request, group, cached + tokens):
+            return 0
+        self._groups[request.group] = group
+        group.members += 1
+        self.running[request.response_id] = request
+        request.cached_tokens += cached
+        request.kv_tokens = cached
+        self._note_prompt(request, cached + tokens)
+        return tokens
 
     def _cached(self, request: Request) -> int:
         """Tokens at the head of *request* that need no computing: sent along, or the prompt's cached full blocks."""
@@ -216,45 +234,47 @@ class Engine:
         # The last prompt token is always computed, to have logits to sample from.
         return (request.prompt_tokens - 1) // BLOCK_TOKENS if self.prefix_caching else 0
 
-    def _admit(self, request: Request, cached: int, budget: int) -> bool:
-        chunk = min(request.known_tokens - cached, budget)
-        if self._blocks_missing(request, cached + chunk) > self.free_blocks:
+    def _take_blocks(self, request: Request, group: _Group, tokens: int) -> bool:
+        """Take what *request* still lacks to hold *tokens* tokens; nothing is taken if that is not free."""
+        blocks = -(-tokens // BLOCK_TOKENS)
+        shared = min(self._shareable_blocks(request), blocks)
+        own = max(blocks - shared, request._blocks)
+        missing = own - request._blocks + max(shared - group.blocks, 0)
+        if missing > self.free_blocks:
             return False
-        self.running[request.response_id] = request
-        group = self._groups.setdefault(request.group, _Group())
-        group.members += 1
-        request.cached_tokens += cached
-        request.kv_tokens = cached
-        self._allocate(request, cached)
+        self.free_blocks -= missing
+        request._blocks = own
+        group.blocks = max(group.blocks, shared)
         return True
+
+    def _take_chunk(self, request: Request, budget: int, chunks: list[tuple[Request, int]]) -> int:
+        """Go on with a prefill under way."""
+        tokens = min(request.known_tokens - request.kv_tokens, budget)
+        group = self._groups[request.group]
+        if tokens <= 0 or not self._take_blocks(request, group, request.kv_tokens + tokens):
+            return 0
+        chunks.append((request, tokens))
+        self._note_prompt(request, request.kv_tokens + tokens)
+        return tokens
+
+    def _note_prompt(self, request: Request, tokens: int) -> None:
+        # vLLM V1 registers full blocks when it schedules them: the rest of the group hits in the same iteration.
+        if self.prefix_caching and tokens >= request.prompt_tokens:
+            self._cached_prompts.add(request.group)
+
+    def _prefill_growth(self) -> int:
+        """Blocks that the next chunk of a prefill under way takes; there is one at most, as it takes all the budget."""
+        if not self._prefilling:
+            return 0
+        budget = self.max_batched_tokens - self._batch
+        ends = ((r, min(r.known_tokens, r.kv_tokens + budget)) for r in self._prefilling.values())
+        return sum(self._blocks_missing(request, end) for request, end in ends)
 
     def _blocks_missing(self, request: Request, tokens: int) -> int:
         """Blocks still to take so that *request* can hold *tokens*."""
-        group = self._groups.get(request.group)
-        shared = min(self._shareable_blocks(request), -(-tokens // BLOCK_TOKENS))
-        own = -(-tokens // BLOCK_TOKENS) - shared
-        resident = group.blocks if group else 0
-        return max(own - request._blocks, 0) + max(shared - resident, 0)
-
-    def _allocate(self, request: Request, tokens: int) -> None:
-        group = self._groups[request.group]
-        shared = min(self._shareable_blocks(request), -(-tokens // BLOCK_TOKENS))
-        own = max(-(-tokens // BLOCK_TOKENS) - shared, request._blocks)
-        self.free_blocks -= own - request._blocks + max(shared - group.blocks, 0)
-        assert self.free_blocks >= 0, "block accounting broken"
-        request._blocks = own
-        group.blocks = max(group.blocks, shared)
-
-    def _take_chunk(self, request: Request, budget: int, chunks: list[tuple[Request, int]]) -> int:
-        tokens = min(request.known_tokens - request.kv_tokens, budget)
-        if tokens <= 0 or self._blocks_missing(request, request.kv_tokens + tokens) > self.free_blocks:
-            return 0
-        self._allocate(request, request.kv_tokens + tokens)
-        chunks.append((request, tokens))
-        if self.prefix_caching and request.kv_tokens + tokens >= request.prompt_tokens:
-            # vLLM V1 registers full blocks when it schedules them: the rest of the group hits in the same iteration.
-            self._cached_prompts.add(request.group)
-        return tokens
+        blocks = -(-tokens // BLOCK_TOKENS)
+        shared = min(self._shareable_blocks(request), blocks)
+        return max(blocks - shared - request._blocks, 0) + max(shared - self._groups[request.group].blocks, 0)
 
     def _mixed_seconds(self) -> float:
         tokens = sum(chunk for _, chunk in self._chunks)
@@ -290,7 +310,12 @@ class Engine:
     def _growth(self, iterations: int) -> int:
         """Blocks that the decoding requests take in the next *iterations*."""
         cycles, rest = divmod(iterations, BLOCK_TOKENS)
-        return cycles * self._batch + sum(self._phases[(1 - self._tick - i) % BLOCK_TOKENS] for i in range(rest))
+        first = (1 - self._tick) % BLOCK_TOKENS
+        # Phases count down as ticks count up; the list is read from behind, around its start if need be.
+        blocks = sum(self._phases[max(first - rest + 1, 0) : first + 1])
+        if rest > first + 1:
+            blocks += sum(self._phases[first - rest + 1 :])
+        return cycles * self._batch + blocks
 
     def _iterations_that_fit(self) -> int:
         """Iterations until the free blocks are used up."""
@@ -303,16 +328,18 @@ class Engine:
 
     def _next_finish(self) -> int:
         """Tick at which the next decoding request is complete; forgets entries of requests that left before."""
-        while True:
+        while self._stale:
             tick, _, request = self._finishes[0]
             if self.running.get(request.response_id) is request and request._decoding and request._finish_tick == tick:
-                return tick
+                break
             heapq.heappop(self._finishes)
+            self._stale -= 1
+        return self._finishes[0][0]
 
     def _make_room(self) -> bool:
-        """Preempt the newest requests until the next decode iteration has its blocks."""
+        """Preempt the newest requests until the next iteration has its blocks."""
         preempted = False
-        while self._batch and self._growth(1) > self.free_blocks:
+        while self._phases[(1 - self._tick) % BLOCK_TOKENS] + self._prefill_growth() > self.free_blocks:
             newest = next(reversed(self.running.values()))
             self._leave(newest)
             self.free_blocks += self._drop(newest)
@@ -330,11 +357,14 @@ class Engine:
             return
         request.generated = self.generated(request)
         request._decoding = False
-        request.kv_tokens = request.known_tokens - 1
+        self._stale += request.generated < request.target_tokens
+        known = request.prompt_tokens + request.generated
+        request.kv_tokens = known - 1
         self._batch -= 1
-        self._context -= request.known_tokens
-        self._phases[(request.known_tokens - self._tick) % BLOCK_TOKENS] -= 1
-        request._blocks = max(-(-request.kv_tokens // BLOCK_TOKENS) - self._shareable_blocks(request), 0)
+        self._context -= known
+        self._phases[(known - self._tick) % BLOCK_TOKENS] -= 1
+        # As many as `_take_blocks` and growth took: a decoding request holds its whole prompt's shared blocks.
+        request._blocks = (known + BLOCK_TOKENS - 2) // BLOCK_TOKENS - self._shareable_blocks(request)
 
     def _drop(self, request: Request) -> int:
         """Let go of *request*'s blocks; returns how many."""

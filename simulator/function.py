@@ -12,7 +12,7 @@ import simpy
 from simrl.policies.contract import Role, Stage, State
 from simrl.simulator.cluster import GpuPool, Network
 from simrl.simulator.costs import Costs
-from simrl.simulator.engine import BLOCK_TOKENS, Engine, Request, Span
+from simrl.simulator.engine import BLOCK_TOKENS, Engine, Request
 from simrl.traces.records import Recorder
 from simrl.traces.streams import stream
 
@@ -130,6 +130,7 @@ class SimFunction:
         self.version = 0
         self.unfinished: dict[int, Rollout] = {}
         self.assigned_by_step: dict[int, int] = {}
+        self.unfinished_by_step: dict[int, int] = {}
         self.ready = world.env.event()
         self._tasks: deque[Process | Serving] = deque()
         self._serving: Serving | None = None
@@ -144,12 +145,11 @@ class SimFunction:
 
     def slots(self) -> int:
         """Responses that it can take with decode latency still flat and KV fitting even if all grow to the cap."""
-        if "decode" not in self.roles:
+        if "decode" not in self.roles or self.engine is None:
             return 0
         costs = self.world.costs
-        blocks = self.engine.kv_blocks if self.engine else costs.kv_blocks(self.gpus, self.learner_world())
         longest = costs.job.max_prompt_tokens + costs.job.max_response_tokens
-        return min(costs.flat_batch(self.gpus), blocks * BLOCK_TOKENS // longest)
+        return min(costs.flat_batch(self.gpus), self.engine.kv_blocks * BLOCK_TOKENS // longest)
 
     # --- decisions ---
 
@@ -299,17 +299,31 @@ class SimFunction:
         assert self.engine is not None, "only functions with an engine are assigned responses"
         self._serving = task
         yield from self._switch("decode")
+        env, engine = self.world.env, self.engine
         while True:
-            self._take_in(task)
-            span = self.engine.plan()
-            if span is not None:
-                yield from self._iterate(span)
-            elif task.expected or task.inbox or self._removals or len(self.engine):
+            if task.inbox or self._removals:
+                self._take_in(task)
+            span = engine.plan()
+            if span is None:
+                if not (task.expected or task.inbox or self._removals or len(engine)):
+                    break
                 self._enter("idle", self._stage)
                 self.state = State.IDLE
                 yield from self._wait_once()
-            else:
-                break
+                continue
+            self._enter("busy", "generation")
+            self.state, self._stage = State.BUSY, "generation"
+            start_s = env.now
+            try:
+                self._interruptible = True
+                yield env.timeout(span.seconds)
+            except simpy.Interrupt:
+                span = engine.boundary(span, env.now - start_s)
+                yield env.timeout(max(start_s + span.seconds - env.now, 0.0))
+            self._interruptible = False
+            finished = engine.advance(span.iterations)
+            if finished:
+                self.world.listener.rollouts_finished(self, finished)
         self._serving = None
         self._after = "drained"
 
@@ -329,23 +343,6 @@ class SimFunction:
             leaving = [rollouts[request.response_id] for request in requests]
             if leaving:
                 self.world.env.process(self._send(leaving, held_blocks, target, with_kv))
-
-    def _iterate(self, span: Span) -> Process:
-        assert self.engine is not None
-        env = self.world.env
-        self._enter("busy", "generation")
-        self.state, self._stage = State.BUSY, "generation"
-        start_s = env.now
-        try:
-            self._interruptible = True
-            yield env.timeout(span.seconds)
-        except simpy.Interrupt:
-            span = self.engine.boundary(span, env.now - start_s)
-            yield env.timeout(max(start_s + span.seconds - env.now, 0.0))
-        self._interruptible = False
-        finished = self.engine.advance(span.iterations)
-        if finished:
-            self.world.listener.rollouts_finished(self, finished)
 
     def _send(self, rollouts: Sequence[Rollout], held_blocks: int, target: Serving, with_kv: bool) -> Process:
         """Move responses out of the engine to *target*; their blocks are free once the KV has left."""
@@ -427,13 +424,14 @@ class SimFunction:
     def _gather(self, gang: Gang) -> Process:
         """Wait for the rest of the gang, idle."""
         gang.arrived += 1
-        if gang.arrived < gang.members:
+        if gang.arrived == gang.members:
+            if gang.after is None or gang.after.processed:
+                gang.go.succeed()
+            else:
+                self.world.env.process(gang.wait_for_weights())
+        if not gang.go.triggered:
             self._enter("idle", self._stage)
             self.state = State.IDLE
-        elif gang.after is None or gang.after.processed:
-            gang.go.succeed()
-        else:
-            self.world.env.process(gang.wait_for_weights())
         if not gang.go.processed:
             yield gang.go
 

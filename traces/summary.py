@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +35,12 @@ class Price:
     """
 
     usd_per_hour: float
-    per: Literal["node", "gpu"]
+    per: str
     minimum_s: float
+
+    def __post_init__(self) -> None:
+        if self.per not in ("node", "gpu"):
+            raise ValueError(f"price per={self.per!r} must be 'node' or 'gpu'")
 
     @classmethod
     def load(cls, name: str, parameters: Parameters) -> Price:
@@ -45,11 +49,12 @@ class Price:
         Raises:
             ValueError: no such row, or it sells neither nodes nor GPUs.
         """
-        per = parameters.name(f"price.{name}.per")
-        if per != "node" and per != "gpu":
-            raise ValueError(f"price.{name}.per={per!r} must be 'node' or 'gpu'")
         number = parameters.number
-        return cls(number(f"price.{name}.usd_per_hour"), per, number(f"price.{name}.minimum_s"))
+        return cls(
+            number(f"price.{name}.usd_per_hour"),
+            parameters.name(f"price.{name}.per"),
+            number(f"price.{name}.minimum_s"),
+        )
 
 
 def summarise(
@@ -156,7 +161,8 @@ def _leases(workers: pd.DataFrame) -> _Leases:
 
 
 def _durations(phases: pd.DataFrame) -> Seconds:
-    return phases["end_s"].to_numpy(dtype=float) - phases["start_s"].to_numpy(dtype=float)
+    durations_s: Seconds = phases["end_s"].to_numpy(dtype=float) - phases["start_s"].to_numpy(dtype=float)
+    return durations_s
 
 
 def _distribution(seconds: Seconds) -> dict[str, float]:

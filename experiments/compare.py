@@ -1,0 +1,155 @@
+"""Several policies on the same work: paired comparisons over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simrl.experiments.config import Config, ConfigError, config_toml
+from simrl.experiments.run import run, write_directory
+from simrl.traces.summary import flat
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOTALS = ("responses", "response_tokens", "prompt_tokens")
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Policies side by side.
+
+    Attributes:
+        baseline: The policy that the others are compared with.
+        rows: One a policy, as `compare --json` prints them.
+        summaries: One a run, by policy, then seed.
+        warnings: Of all runs, each once.
+    """
+
+    baseline: str
+    rows: tuple[dict[str, Any], ...]
+    summaries: tuple[dict[str, Any], ...]
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `compare --json`."""
+        return {"baseline": self.baseline, "rows": list(self.rows)}
+
+    def frame(self) -> pd.DataFrame:
+        """A row a run: the flattened summaries."""
+        import pandas as pd
+
+        return pd.DataFrame([flat(summary) for summary in self.summaries])
+
+
+def compare(
+    config: Config,
+    policies: Sequence[str],
+    seeds: int = 1,
+    baseline: str | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Run every policy on the same draws: seeds `config.seed`, `config.seed + 1` and so on.
+
+    Args:
+        config: Shared by all; of its policy parameters each policy takes those that it knows.
+        policies: Names or import strings. The baseline is put first when it is not among them.
+        seeds: How many. With one there are no intervals.
+        baseline: By default `verl` when it is among the policies, else the first.
+        progress: Called with the number of runs done.
+
+    Raises:
+        ConfigError: no policy, one named twice, or fewer than one seed; and as `run` does.
+    """
+    _check(policies, seeds)
+    baseline = baseline or ("verl" if "verl" in policies else policies[0])
+    names = list(policies) if baseline in policies else [baseline, *policies]
+    configs = {name: config.with_policy(name) for name in names}
+    summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    warnings: dict[str, None] = {}
+    for i in range(seeds):
+        for name in names:
+            result = run(configs[name].with_seed(config.seed + i))
+            summaries[name].append(result.summary)
+            warnings |= dict.fromkeys(result.warnings)
+            if progress is not None:
+                progress(sum(map(len, summaries.values())))
+        check_same_work([summaries[name][i] for name in names])
+    rows = tuple(row(summaries[name], summaries[baseline]) for name in names)
+    return Comparison(baseline, rows, tuple(s for name in names for s in summaries[name]), tuple(warnings))
+
+
+def _check(policies: Sequence[str], seeds: int) -> None:
+    if not policies:
+        raise ConfigError("policies=[] must name at least one policy (--policies)")
+    twice = sorted({name for name in policies if policies.count(name) > 1})
+    if twice:
+        raise ConfigError(f"policies: {twice[0]!r} is named twice (--policies)")
+    if seeds < 1:
+        raise ConfigError(f"seeds={seeds} must be at least 1 (--seeds)")
+
+
+def check_same_work(summaries: Sequence[dict[str, Any]]) -> None:
+    """Common random numbers: every policy must have generated the same."""
+    for total in TOTALS:
+        by_policy = {summary["policy"]: summary[total] for summary in summaries}
+        if len(set(by_policy.values())) > 1:
+            raise AssertionError(f"{total} differ between policies at seed {summaries[0]['seed']}: {by_policy}")
+
+
+def row(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A policy's line of the comparison, from its summaries and the baseline's, seed by seed."""
+    step_s, base_step_s = (_column(summaries, "step_s", "mean") for summaries in (runs, baseline))
+    gpu_s, base_gpu_s = (_column(summaries, "gpu_s_per_step") for summaries in (runs, baseline))
+    speedup, reduction = base_step_s / step_s, 1 - gpu_s / base_gpu_s
+    return {
+        "policy": runs[0]["policy"],
+        "step_s": float(step_s.mean()),
+        "gpu_s_per_step": float(gpu_s.mean()),
+        "speedup": float(speedup.mean()),
+        "speedup_ci95": interval95(speedup),
+        "gpu_s_reduction": float(reduction.mean()),
+        "gpu_s_reduction_ci95": interval95(reduction),
+        **{total: [summary[total] for summary in runs] for total in TOTALS},
+    }
+
+
+def _column(summaries: Sequence[dict[str, Any]], *path: str) -> Floats:
+    values: list[Any] = list(summaries)
+    for key in path:
+        values = [value[key] for value in values]
+    return np.asarray(values, dtype=float)
+
+
+def interval95(values: Floats) -> list[float] | None:
+    """Student's t-interval of the mean of paired values; None for a single one."""
+    from scipy.special import stdtrit  # scipy.stats has the same, and takes a second to import
+
+    if len(values) < 2:
+        return None
+    half = float(stdtrit(len(values) - 1, 0.975)) * float(values.std(ddof=1)) / len(values) ** 0.5
+    mean = float(values.mean())
+    return [mean - half, mean + half]
+
+
+def write_comparison(comparison: Comparison, config: Config, directory: Path) -> None:
+    """Write config.toml, comparison.json and runs.csv (a row a run); all of them or none.
+
+    Raises:
+        RunDirectoryError: *directory* cannot be written, or is not empty.
+    """
+
+    def write(place: Path) -> None:
+        (place / "config.toml").write_text(config_toml(config), encoding="utf-8")
+        (place / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+        comparison.frame().to_csv(place / "runs.csv", index=False)
+
+    write_directory(directory, write)

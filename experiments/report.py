@@ -1,0 +1,150 @@
+"""Tables for people: what the command line prints without --json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from simrl.experiments.compare import Comparison
+from simrl.experiments.run import Result
+from simrl.traces.summary import STAGES
+
+
+def of_run(result: Result, directory: Path | None) -> RenderableType:
+    """A run: what was run, where its time and GPU-seconds went, what it cost, where it is written."""
+    summary, config = result.summary, result.config
+    head = (
+        f"{summary['policy']}: {config.job.model} on {summary['nodes']} x {config.cluster.node_type},"
+        f" {summary['steps']} steps, {summary['responses']:,} responses, seed {summary['seed']}"
+    )
+    assumed = sum(parameter.status == "assumed" for parameter in result.parameters)
+    notes = [f"{assumed} of {len(result.parameters)} parameters are assumed; see parameters.csv"]
+    if directory is not None:
+        notes.append(f"written to {directory}")
+    tables = [_stages(summary), _states(summary), _others(summary)]
+    # Text, not markup: names may hold brackets. No wrapping in the middle of a path.
+    return Group(Text(head, style="bold"), *tables, *(Text(note, overflow="fold") for note in notes))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _stages(summary: Mapping[str, Any]) -> Table:
+    table = _table("stage", "s/step", "GPU-s", "share")
+    for stage in (*STAGES, "none"):
+        seconds = "" if stage == "none" else f"{summary[f'{stage}_s']:.2f}"
+        table.add_row(stage, seconds, *_gpu_seconds(summary, "stage", stage))
+    table.add_row("step", f"{summary['step_s']['mean']:.2f}", f"{summary['gpu_s']:,.0f}", "", style="bold")
+    return table
+
+
+def _states(summary: Mapping[str, Any]) -> Table:
+    table = _table("state", "GPU-s", "share")
+    for state in summary["gpu_s_by"]["state"]:
+        table.add_row(state, *_gpu_seconds(summary, "state", state))
+    return table
+
+
+def _gpu_seconds(summary: Mapping[str, Any], by: str, name: str) -> tuple[str, str]:
+    gpu_s, total = summary["gpu_s_by"][by][name], summary["gpu_s"]
+    return f"{gpu_s:,.0f}", f"{gpu_s / total:.1%}" if total else ""
+
+
+def _others(summary: Mapping[str, Any]) -> Table:
+    table = _table("", "")
+    table.show_header = False
+    step_s = summary["step_s"]
+    table.add_row("step p50 / p95", f"{step_s['p50']:.2f} / {step_s['p95']:.2f} s")
+    for key, name in (("first_epoch", "first epoch"), ("later_epochs", "later epochs")):
+        if summary[key]:
+            steps, seconds, gpu_s = (summary[key][k] for k in ("steps", "step_s", "gpu_s_per_step"))
+            table.add_row(f"{name}, {steps} steps", f"{seconds:.2f} s, {gpu_s:,.0f} GPU-s a step")
+    table.add_row("GPU-s, paper's measure", f"{summary['gpu_s_paper']:,.0f}")
+    table.add_row("prefill tokens computed", f"{summary['prefill_tokens_computed']:,}")
+    table.add_row("prefill tokens saved", f"{summary['prefill_tokens_saved']:,}")
+    table.add_row("cold starts / migrations", f"{summary['cold_starts']:,} / {summary['migrations']:,}")
+    table.add_row("cost", f"{summary['cost_usd']:,.2f} USD")
+    table.add_row("simulated / wall time", f"{summary['simulated_s']:,.0f} / {summary['wall_s']:.1f} s")
+    return table
+
+
+def of_comparison(comparison: Comparison, directory: Path | None) -> RenderableType:
+    """A comparison: a line a policy."""
+    table = _table("policy", "s/step", "GPU-s/step", "speedup", "GPU-s saved")
+    for row in comparison.rows:
+        speedup = _with_interval(row["speedup"], row["speedup_ci95"], "{:.3f}x")
+        saved = _with_interval(row["gpu_s_reduction"], row["gpu_s_reduction_ci95"], "{:.1%}")
+        table.add_row(
+            Text(row["policy"]), f"{row['step_s']:.2f}", f"{row['gpu_s_per_step']:,.0f}", Text(speedup), Text(saved)
+        )
+    seeds = len(comparison.rows[0]["responses"])
+    interval = "; 95 % intervals, paired over seeds" if seeds > 1 else ""
+    note = f"against {comparison.baseline}, {seeds} seed{'s' if seeds > 1 else ''}{interval}"
+    where = [Text(f"written to {directory}", overflow="fold")] if directory is not None else []
+    return Group(table, Text(note), *where)
+
+
+def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
+    shown = form.format(value)
+    return shown if interval is None else f"{shown}\n[{form.format(interval[0])}, {form.format(interval[1])}]"
+
+
+def of_list(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A list of the catalogue, in the layout that suits it: many rows of numbers, few rows of many, or prose."""
+    if any(key in rows[0] for key in ("what", "source")):
+        return Group(Text(title, style="italic"), *(_block(row) for row in rows))
+    return _transposed(title, rows) if len(rows[0]) > len(rows) else _plain(title, rows)
+
+
+def _plain(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for key in rows[0]:
+        numbers = all(isinstance(row[key], int | float) for row in rows)
+        table.add_column(key, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    return table
+
+
+def _transposed(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("name")
+    for row in rows:
+        table.add_column(row["name"], justify="right")
+    for key in list(rows[0])[1:]:
+        table.add_row(key, *(Text(_cell(row.get(key))) for row in rows))
+    return table
+
+
+def _block(row: Mapping[str, Any]) -> RenderableType:
+    """A name with its short facts on a line, and prose below it."""
+    line = Text(row["name"], style="bold", overflow="fold")
+    if "value" in row:
+        ends = "" if row["low"] is None else f", {_cell(row['low'])} to {_cell(row['high'])}"
+        line.append(f" = {_cell(row['value'])} {row['unit']} ({row['status']}{ends})", style="not bold")
+    if "where" in row:
+        line.append(f"  {row['where']}", style="not bold")
+    prose = [row.get("what", ""), _first_sentence(row.get("source", ""))]
+    return Group(line, *(Padding(Text(text), (0, 0, 0, 4)) for text in prose if text))
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=\.) (?=[A-Z])", text, maxsplit=1)[0]
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -109,8 +109,7 @@ def run(
     directory = output if output or as_json else _default_directory(resolved)
     if directory:
         check_directory(directory)
-    gc.disable()  # a run makes little garbage, and the process ends with it: 15 % faster
-    with _progress("steps", resolved.job.steps) as progress:
+    with _no_collection(), _progress("steps", resolved.job.steps) as progress:
         result = simulate(resolved, progress=progress)
     if directory:
         write_run(result, directory)
@@ -225,6 +224,16 @@ def _print(what: object) -> None:
     from rich.console import Console
 
     Console().print(what)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for garbage meanwhile: a single run makes little of it, and is 15 % faster."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager

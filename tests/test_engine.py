@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference_engine import Item, ReferenceEngine
 
 from simrl.simulator.engine import BLOCK_TOKENS, Engine, Request
 from simrl.traces.iteration import IterationTimes, Table
-from reference_engine import Item, ReferenceEngine
 
-# Decode: 1 ms + 0.1 ms a response + 1 us a token of mean context. Prefill: 2 ms + 10 us a token + 1 us a token attended.
+# Decode: 1 ms + 0.1 ms a response + 1 us a token of mean context.
+# Prefill: 2 ms + 10 us a token + 1 us a token attended.
 LINEAR = IterationTimes(
     Table((1, 11), (0, 1000), ((1.1e-3, 2.1e-3), (2.1e-3, 3.1e-3))),
     Table((1, 101), (0, 1000), ((2.01e-3, 3.01e-3), (3.01e-3, 4.01e-3))),
@@ -371,7 +372,8 @@ class Agenda:
     def bring_back(self, number: int) -> None:
         removed, held = self.away.pop(number)
         self.engine.give_back(held)
-        for request in sorted(removed, key=lambda request: request.response_id):
+        requests: list[Request | Item] = [*removed]
+        for request in sorted(requests, key=lambda request: request.response_id):
             self.add(request)
 
     def free_blocks(self) -> int:

@@ -56,6 +56,7 @@ class RLHFuse:
     def decide(self, observation: Observation) -> Sequence[Decision]:
         """As `verl`, with a migration when the tail begins."""
         decisions: list[Decision] = []
+        freed_before = self.freed
         if not self.functions:
             decisions += self.set_up(observation)
         for event in observation.events:
@@ -72,7 +73,9 @@ class RLHFuse:
                 case StageFinished(stage="preparation"):
                     decisions.append(Learn(self.functions))
         ready = [event.function for event in observation.events if isinstance(event, FunctionIdle)]
-        return [*decisions, *self.prepare_next([name for name in ready if name in self.freed], observation)]
+        # Those freed just now have their first piece already, even if they became idle at this very moment.
+        waiting = [name for name in ready if name in freed_before and name in self.freed]
+        return [*decisions, *self.prepare_next(waiting, observation)]
 
     def set_up(self, observation: Observation) -> list[Decision]:
         """Start on every GPU, and ask to hear of the tail."""

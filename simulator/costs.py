@@ -141,11 +141,12 @@ class Costs:
     # --- memory, bytes a GPU ---
 
     def learner_bytes(self, world: int) -> float:
-        """The learner's resident state on each of *world* GPUs: master weights, optimizer, gradients, reference."""
-        per_parameter = self._parameters.number("learner.bytes_per_parameter")
-        reference = self._parameters.number("learner.reference_bytes_per_parameter")
-        trained = 2 if self.job.algorithm == "ppo" else 1  # PPO has a critic of the actor's size
-        return (trained * per_parameter + reference) * self.model.parameters / world
+        """The learner's resident state on each of *world* GPUs: master weights, optimizer and gradients.
+
+        The reference model waits in host memory, as in verl's examples; PPO has a critic of the actor's size.
+        """
+        trained = 2 if self.job.algorithm == "ppo" else 1
+        return trained * self._parameters.number("learner.bytes_per_parameter") * self.model.parameters / world
 
     def learning_bytes(self, world: int) -> float:
         """What a GPU holds while it learns."""

@@ -22,7 +22,6 @@ from simrl.policies.contract import (
     Role,
     StageFinished,
     Start,
-    State,
     Subscribe,
     Sync,
     UnfinishedBelow,
@@ -50,12 +49,16 @@ class RandomPolicy:
         self.parked: set[str] = set()
         self.versions: dict[str, int] = {}
         self.learning = 0  # steps that Learn was decided for
+        self.prepared: set[int] = set()
         self.decisions: list[Decision] = []
 
     def decide(self, observation: Observation) -> Sequence[Decision]:
         self.decisions = []
         if not self.roles:
             self.begin(observation)
+        for event in observation.events:
+            if isinstance(event, StageFinished) and event.stage == "preparation" and event.step is not None:
+                self.prepared.add(event.step)
         for choice in self.random.sample(self.CHOICES, len(self.CHOICES)):
             choice(self, observation)
         wait_s = self.random.choice((0.01, 0.3, 5.0, 40.0))
@@ -81,7 +84,7 @@ class RandomPolicy:
         for trigger in (Completions(self.random.randint(1, 3)), CompletionRatio(0.5), UnfinishedBelow(3)):
             self.do(Subscribe(trigger))
         self.do(Subscribe(FunctionIdle()))
-        self.do(Subscribe(StageFinished("generation")))
+        self.do(Subscribe(StageFinished("preparation")))
         for _ in range(self.random.randint(1, 2)):
             self.start(observation, EVERYTHING)
         for _ in range(self.random.randint(0, 3)):
@@ -158,9 +161,7 @@ class RandomPolicy:
 
     def maybe_learn(self, observation: Observation) -> None:
         learners = tuple(name for name, roles in self.roles.items() if "learn" in roles)
-        step = self.learning
-        ready = [p for p in observation.prompts if observation.response(p.responses[0]).step == step]
-        if not ready or not self.prepared(step) or not self.chance(0.5):
+        if self.learning not in self.prepared or not self.chance(0.5):
             return
         for name in learners:
             if name in self.parked:
@@ -168,15 +169,8 @@ class RandomPolicy:
         self.do(Learn(learners))
         self.learning += 1
 
-    def prepared(self, step: int) -> bool:
-        """Told by the test, as the observation says only who is not asked to be prepared."""
-        raise NotImplementedError
-
     CHOICES = (
         maybe_start, maybe_park, maybe_wake, maybe_release, maybe_sync, maybe_assign, maybe_migrate, maybe_prepare,
         maybe_learn,
     )  # fmt: skip
 
-
-def waits_for_gpus(observation: Observation) -> list[str]:
-    return [name for name, f in observation.functions.items() if f.state is State.STARTING and f.node is None]

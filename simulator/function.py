@@ -286,6 +286,8 @@ class SimFunction:
         )
 
     def _switch(self, role: Role) -> Process:
+        if role in ("prepare", "learn"):
+            yield from self._sent()  # a sleeping engine has no KV
         seconds = self.world.costs.switch_s(self.role, role, self.learner_world())
         self.state = State.BUSY
         yield from self._cold(seconds)
@@ -342,12 +344,12 @@ class SimFunction:
             requests, held_blocks = self.engine.remove(rollouts.keys())
             leaving = [rollouts[request.response_id] for request in requests]
             if leaving:
+                self._sending += 1
                 self.world.env.process(self._send(leaving, held_blocks, target, with_kv))
 
     def _send(self, rollouts: Sequence[Rollout], held_blocks: int, target: Serving, with_kv: bool) -> Process:
         """Move responses out of the engine to *target*; their blocks are free once the KV has left."""
         assert self.engine is not None
-        self._sending += 1
         requests = [rollout.request for rollout in rollouts]
         if with_kv:
             yield from self._transfer(sum(request.kv_tokens for request in requests), target.function)
@@ -358,6 +360,13 @@ class SimFunction:
         self._sending -= 1
         self.poke()
         target.deliver(rollouts)
+
+    def _sent(self) -> Process:
+        """Wait, idle, until outgoing KV has left."""
+        if self._sending:
+            self._enter("idle", self._stage)
+            self.state = State.IDLE
+        yield from self._wait(lambda: not self._sending)
 
     def _transfer(self, kv_tokens: int, target: SimFunction) -> Process:
         if not target.ready.processed:
@@ -376,11 +385,11 @@ class SimFunction:
             attended = sum(length * length / 2 for length in lengths) / tokens
             self.world.listener.generating({group[0].step for group in piece})
             yield from self._work("generation", costs.times(self.gpus).prefill_s(tokens, attended), piece[0][0].step)
+            self._sending += 1
             self.world.env.process(self._send_prefix(piece, tokens, target))
         self._after = "drained"
 
     def _send_prefix(self, groups: Sequence[Sequence[Rollout]], tokens: int, target: Serving) -> Process:
-        self._sending += 1
         yield from self._transfer(tokens, target.function)
         self._sending -= 1
         self.poke()
@@ -437,7 +446,7 @@ class SimFunction:
 
     def park(self) -> Process:
         """A task: give the GPUs back, keep the process in host memory."""
-        yield from self._wait(lambda: not self._sending)
+        yield from self._sent()
         yield from self._cold(self.world.costs.park_s(self.gpus, self.roles, self.learner_world()))
         self._let_go()
         self.state, self.role, self._stage = State.PARKED, None, None
@@ -446,13 +455,15 @@ class SimFunction:
     def wake(self) -> Process:
         """A task: come back onto GPUs of the same node."""
         self.state = State.STARTING
-        self.node, self.gpu_ids = yield self.world.pool.lease(self.gpus, self.node)
+        node, gpu_ids = yield self.world.pool.lease(self.gpus, self.node)
+        self._enter(None)  # parked until here, without GPUs
+        self.node, self.gpu_ids = node, gpu_ids
         yield from self._cold(self.world.costs.wake_s(self.gpus, self.roles, self.learner_world()))
         self._after = "woken"
 
     def release(self) -> Process:
         """A task: end, once outgoing KV has left."""
-        yield from self._wait(lambda: not self._sending)
+        yield from self._sent()
         if self.state is not State.PARKED:
             self._let_go()
         self._enter(None)

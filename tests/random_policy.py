@@ -87,12 +87,11 @@ class RandomPolicy:
         self.do(Subscribe(StageFinished("preparation")))
         for _ in range(self.random.randint(1, 2)):
             self.start(observation, EVERYTHING)
-        for _ in range(self.random.randint(0, 3)):
+        for _ in range(self.random.randint(0, 2)):  # at most 8 GPUs in all: any node may be chosen
             self.start(observation, self.random.choice(ROLE_SETS))
 
-    def start(self, observation: Observation, roles: tuple[Role, ...]) -> None:
+    def start(self, observation: Observation, roles: tuple[Role, ...], node: int | None = None) -> None:
         name = f"f{self.done['Start']}"
-        node = self.random.choice((None, *(node.index for node in observation.nodes)))
         self.do(Start(name, self.random.choice((1, 2)), roles, node))
         self.roles[name], self.versions[name] = roles, observation.weights_version
 
@@ -100,8 +99,12 @@ class RandomPolicy:
 
     def maybe_start(self, observation: Observation) -> None:
         roles = self.random.choice(ROLE_SETS)
-        if len(self.roles) < MOST_FUNCTIONS and self.chance(0.05) and not ("learn" in roles and self.learning):
-            self.start(observation, roles)
+        node = self.random.choice(observation.nodes)
+        # Parked functions need their GPUs back: gangs whose members hold GPUs that another member waits for stand still.
+        taken = sum(function.gpus for function in observation.functions.values() if function.node == node.index)
+        room = taken + 2 <= node.gpus and len(self.roles) < MOST_FUNCTIONS
+        if room and self.chance(0.05) and not ("learn" in roles and self.learning):
+            self.start(observation, roles, node.index)
 
     def maybe_park(self, observation: Observation) -> None:
         awake = [name for name in self.roles if name not in self.parked]

@@ -224,6 +224,8 @@ def check_directory(directory: Path) -> None:
         RunDirectoryError: it exists and is not empty, is no directory, or cannot be made.
     """
     if directory.is_dir():
+        if os.path.ismount(directory):  # nothing can be renamed onto it
+            raise RunDirectoryError(f"output {str(directory)!r} is a mount point: name a directory in it (--output)")
         if any(directory.iterdir()):
             raise RunDirectoryError(f"output {str(directory)!r} exists and is not empty (--output)")
     elif os.path.lexists(directory):
@@ -265,6 +267,7 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
         RunDirectoryError: see `check_directory`.
     """
     check_directory(directory)
+    directory = Path(os.path.abspath(directory))  # "." has no name to put a dot before
     hidden = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
     try:
         hidden.mkdir(parents=True)

@@ -302,7 +302,7 @@ class SimulatedBackend:
             assert rollout.function is not None
             assert rollout.finished_s is None, "a response finished twice"
             owner = self.functions[rollout.function]
-            if owner is not function:  # finished in the very iteration after which it was to leave
+            if function.sends_away(request.response_id):  # finished in the very iteration after which it was to leave
                 assert rollout.serving is not None
                 rollout.serving.expected -= 1
                 rollout.function, rollout.migrations = function.name, rollout.migrations - 1

@@ -185,6 +185,10 @@ class SimFunction:
             self._removals.append((in_engine, target, with_kv))
         self.poke()
 
+    def sends_away(self, response_id: int) -> bool:
+        """Whether a response in the engine is to leave at the end of the iteration."""
+        return any(response_id in rollouts for rollouts, _, _ in self._removals)
+
     def _engine_ids(self) -> set[int]:
         if self.engine is None:
             return set()
@@ -238,12 +242,13 @@ class SimFunction:
         """End the open interval, as the run is over."""
         self._enter(None)
 
-    def _work(self, stage: Stage, seconds: float, step: int) -> Process:
+    def _work(self, stage: Stage, seconds: float, steps: Iterable[int]) -> Process:
         self._enter("busy", stage)
         self.state, self._stage = State.BUSY, stage
         start_s = self.world.env.now
         yield self.world.env.timeout(seconds)
-        self.world.listener.stage_active(stage, step, start_s)
+        for step in steps:
+            self.world.listener.stage_active(stage, step, start_s)
 
     def _cold(self, seconds: float) -> Process:
         if seconds > 0:
@@ -383,8 +388,9 @@ class SimFunction:
             lengths = [group[0].request.prompt_tokens for group in piece]
             tokens = sum(lengths)
             attended = sum(length * length / 2 for length in lengths) / tokens
-            self.world.listener.generating({group[0].step for group in piece})
-            yield from self._work("generation", costs.times(self.gpus).prefill_s(tokens, attended), piece[0][0].step)
+            steps = {group[0].step for group in piece}
+            self.world.listener.generating(steps)
+            yield from self._work("generation", costs.times(self.gpus).prefill_s(tokens, attended), steps)
             self._sending += 1
             self.world.env.process(self._send_prefix(piece, tokens, target))
         self._after = "drained"
@@ -406,7 +412,7 @@ class SimFunction:
         """A task: log-probs, values and rewards."""
         yield from self._switch("prepare")
         seconds = self.world.costs.prepare_s(tokens, len(rollouts), self.gpus)
-        yield from self._work("preparation", seconds, rollouts[0].step)
+        yield from self._work("preparation", seconds, {rollout.step for rollout in rollouts})
         self._after = "prepared"
         self.world.listener.prepared(rollouts)
 
@@ -414,7 +420,7 @@ class SimFunction:
         """A task: learn together with the rest of *gang*."""
         yield from self._switch("learn")
         yield from self._gather(gang)
-        yield from self._work("learning", gang.seconds, step)
+        yield from self._work("learning", gang.seconds, {step})
         self._after = "learned"
         gang.done += 1
         if gang.done == gang.members:
@@ -424,7 +430,7 @@ class SimFunction:
         """A task: take the learner's weights of *version* into the engine."""
         yield from self._switch("decode" if "decode" in self.roles else "prefill")
         yield from self._gather(gang)
-        yield from self._work("weight_sync", gang.seconds, step)
+        yield from self._work("weight_sync", gang.seconds, {step})
         self.version = version
         assert self.engine is not None
         self.engine.forget_prefixes()

@@ -130,9 +130,9 @@ class RandomPolicy:
             self.do(Release(name))
 
     def maybe_sync(self, observation: Observation) -> None:
-        engines = [name for name in {*self.awake("decode"), *self.awake("prefill")} if self.chance(0.5)]
+        engines = [name for name in sorted({*self.awake("decode"), *self.awake("prefill")}) if self.chance(0.5)]
         if engines and self.chance(0.4):
-            self.do(Sync(tuple(sorted(engines))))
+            self.do(Sync(tuple(engines)))
             self.versions.update(dict.fromkeys(engines, self.learning))
 
     def maybe_assign(self, observation: Observation) -> None:
@@ -150,7 +150,7 @@ class RandomPolicy:
     def maybe_migrate(self, observation: Observation) -> None:
         targets = self.fresh("decode", observation)
         sources = [name for name in observation.functions if observation.unfinished(name)]
-        if not targets or not sources or not self.chance(0.3):
+        if not targets or not sources or not self.chance(0.1):
             return
         target, source = self.random.choice(targets), self.random.choice(sources)
         if source != target:

@@ -103,9 +103,8 @@ def test_a_file_can_name_its_preset_and_the_flag_overrides_it(toml_file):
 
 
 def test_set_values_are_toml_else_texts():
-    config = load_config(
-        sets=["job.model=qwen2.5-3b", "engine.prefix_caching=false", "engine.calibration=2", 'billing.price="modal-l40s"']
-    )  # fmt: skip
+    sets = ["job.model=qwen2.5-3b", "engine.prefix_caching=false", "engine.calibration=2"]
+    config = load_config(sets=[*sets, 'billing.price="modal-l40s"'])
     assert config.job.model == "qwen2.5-3b"
     assert config.engine.prefix_caching is False
     assert config.engine.calibration == 2.0
@@ -319,6 +318,7 @@ def test_lines_of_keys():
     assert toml_text.line_of(text, ("cluster", "parameters", "gpu", "l40s", "x")) == 7
     assert toml_text.line_of(text, ("cluster", "parameters", "a.b")) == 8
     assert toml_text.line_of(text, ("engine", "preset")) is None
+    assert toml_text.line_of("[a.b]\nc = 1\n[a]\nd = 2\n", ("a", "b", "c")) == 2, "the deepest holds"
 
 
 def test_values_of_options():

@@ -103,6 +103,19 @@ def test_an_empty_directory_is_filled(result, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
 
 
+def test_the_working_directory_is_filled_when_empty(result, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_run(result, Path())
+    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES
+
+
+def test_mount_points_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(RunDirectoryError, match="is a mount point: name a directory in it"):
+        check_directory(tmp_path)
+
+
 def test_nothing_is_overwritten(result, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("precious")

@@ -1,0 +1,315 @@
+"""Stories on a tiny cluster: when things happen, against arithmetic over the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import pytest
+from clusters import EXACT_STARTS, Lengths, make_backend, make_costs, make_job
+
+from simrl.policies.contract import (
+    STAGES,
+    Assign,
+    At,
+    Completions,
+    Decision,
+    Event,
+    FunctionIdle,
+    Learn,
+    Migrate,
+    Observation,
+    Park,
+    Prepare,
+    Release,
+    Role,
+    StageFinished,
+    Start,
+    StepStarted,
+    Subscribe,
+    Sync,
+    Wake,
+)
+from simrl.simulator.costs import Costs
+from simrl.traces.records import Recorder
+
+COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")
+LISTEN: list[Decision] = [Subscribe(FunctionIdle()), *(Subscribe(StageFinished(stage)) for stage in STAGES)]
+
+Happened = list[tuple[str, float]]
+Script = Mapping[str, Sequence[Decision]]  # what to decide when something happens
+
+
+def tell(costs: Costs, steps: Sequence[Lengths], script: Script, prompt_tokens: int = 20) -> tuple[Happened, Recorder]:
+    """Run a script from "step 0" on: what happened when, and the records."""
+    backend, recorder = make_backend(costs, steps, prompt_tokens)
+    observation: Observation | None = backend.reset()
+    happened: Happened = []
+    while observation is not None:
+        names = [_name(event) for event in observation.events]
+        happened += [(name, observation.time_s) for name in names]
+        decisions = [decision for name in names for decision in script.get(name, ())]
+        observation = backend.advance([*LISTEN, *decisions])
+    return [*happened, ("over", backend.env.now)], recorder
+
+
+def _name(event: Event) -> str:
+    match event:
+        case FunctionIdle(function=function, after=after):
+            return f"{function} {after}"
+        case StageFinished(stage=stage, step=step):
+            return f"{stage} {step}"
+        case StepStarted(step=step):
+            return f"step {step}"
+        case At(time_s=time_s):
+            return f"at {time_s:g}"
+        case _:
+            return type(event).__name__
+
+
+def make(steps: Sequence[Lengths], nodes: int = 1, **options: object) -> Costs:
+    return make_costs(make_job(steps, **options), nodes=nodes, parameters=EXACT_STARTS)
+
+
+def start_s(costs: Costs, gpus: int = 1, *, cached: bool = False) -> float:
+    return sum(costs.start_phases(gpus, COLOCATED, cached=cached).values())
+
+
+def test_a_function_takes_each_stage_in_turn() -> None:
+    steps = [[[3]], [[2]]]
+    costs = make(steps)
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED)],
+        "a started": [Assign("a", (0,))],
+        "generation 0": [Prepare(("a",), (0,))],
+        "preparation 0": [Learn(("a",))],
+        "step 1": [Sync(("a",)), Assign("a", (1,))],
+        "generation 1": [Prepare(("a",), (1,))],
+        "preparation 1": [Learn(("a",))],
+    }
+    times = costs.times(1)
+    started_s = start_s(costs)
+    awake_s = started_s + costs.switch_s(None, "decode", 1)
+    generated_s = awake_s + times.prefill_s(20, 10) + times.decode_s(1, 21) + times.decode_s(1, 22)
+    prepared_s = generated_s + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(23, 1, 1)
+    learned_s = prepared_s + costs.learn_s(23, 23, 1, 1)
+    synced_s = learned_s + costs.switch_s("learn", "decode", 1) + costs.sync_s(1, 1)
+    generated_1_s = synced_s + times.prefill_s(20, 10) + times.decode_s(1, 21)
+    prepared_1_s = generated_1_s + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(22, 1, 1)
+    learned_1_s = prepared_1_s + costs.learn_s(22, 22, 1, 1)
+    happened, recorder = tell(costs, steps, script)
+    expected = [
+        ("step 0", 0), ("a started", started_s),
+        ("generation 0", generated_s), ("a drained", generated_s),
+        ("preparation 0", prepared_s), ("a prepared", prepared_s),
+        ("learning 0", learned_s), ("step 1", learned_s), ("a learned", learned_s),
+        ("generation 1", generated_1_s), ("a drained", generated_1_s),
+        ("preparation 1", prepared_1_s), ("a prepared", prepared_1_s),
+        ("over", learned_1_s),
+    ]  # fmt: skip
+    assert happened == [(name, pytest.approx(time_s, rel=1e-12)) for name, time_s in expected]
+    phases = recorder.frames().phases.set_index(["step", "stage"])
+    assert phases.loc[(0, "generation"), "start_s"] == pytest.approx(awake_s)
+    assert phases.loc[(0, "learning"), "start_s"] == pytest.approx(prepared_s)
+    assert phases.loc[(1, "weight_sync"), "end_s"] == pytest.approx(synced_s)
+
+
+def test_a_second_function_of_a_node_finds_the_weights_on_its_disk() -> None:
+    steps = [[[1]]]
+    costs = make(steps, nodes=2)
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED, 0), Start("b", 2, ("decode",), 0)],
+        "a started": [Start("c", 1, ("decode",), 0), Start("d", 1, ("decode",), 1)],
+        "d started": [Assign("a", (0,))],
+        "generation 0": [Prepare(("a",), (0,))],
+        "preparation 0": [Learn(("a",))],
+    }
+    first_s = start_s(costs)
+    download_s = costs.start_phases(1, COLOCATED, cached=False)["download"]
+    # b waits for the download that a began, then loads half the weights to each of its GPUs.
+    expected = {"a started": first_s, "b started": download_s + start_s(costs, 2, cached=True)}
+    expected["c started"] = first_s + start_s(costs, cached=True)
+    expected["d started"] = first_s + start_s(costs, cached=False)
+    happened, _ = tell(costs, steps, script)
+    assert {name: dict(happened)[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_parked_function_gives_its_gpus_to_another_and_waits_for_them() -> None:
+    steps = [[[1]]]
+    costs = make(steps)
+    script: Script = {
+        "step 0": [Start("a", 8, COLOCATED), Start("b", 8, ("decode",))],
+        "a started": [Park("a"), Wake("a")],
+        "b started": [Release("b")],
+        "a woken": [Assign("a", (0,))],
+        "generation 0": [Prepare(("a",), (0,))],
+        "preparation 0": [Learn(("a",))],
+    }
+    parked_s = start_s(costs, 8) + costs.park_s(8, COLOCATED, 8)
+    b_s = parked_s + start_s(costs, 8, cached=True)
+    woken_s = b_s + costs.wake_s(8, COLOCATED, 8)
+    happened, recorder = tell(costs, steps, script)
+    assert dict(happened)["b started"] == pytest.approx(b_s, rel=1e-12)
+    assert dict(happened)["a woken"] == pytest.approx(woken_s, rel=1e-12)
+    rows = recorder.frames().workers
+    parked = rows[rows.state == "parked"].iloc[0]
+    assert (parked.function, parked.gpu_ids) == ("a", "")
+    assert (parked.start_s, parked.end_s) == pytest.approx((parked_s, b_s))
+
+
+def test_the_learners_state_is_moved_to_the_host_and_back() -> None:
+    costs = make([[[1]]])
+    state_bytes = 16 * 494_032_768
+    assert costs.park_s(1, COLOCATED, 1) == pytest.approx(1.5 + state_bytes / 25e9, rel=1e-3)
+    assert costs.wake_s(1, COLOCATED, 1) == pytest.approx(0.4 + (state_bytes + 2 * 494_032_768) / 25e9, rel=1e-3)
+    assert costs.park_s(1, ("decode",), None) == 1.5
+
+
+def test_a_response_leaves_at_the_end_of_its_iteration_and_goes_on_where_its_kv_is() -> None:
+    steps = [[[10]]]
+    costs = make(steps)
+    times = costs.times(1)
+    ready_s = start_s(costs)
+    first_s = ready_s + costs.switch_s(None, "decode", 1) + times.prefill_s(20, 10)
+    third_s = first_s + times.decode_s(1, 21) + times.decode_s(1, 22)
+    cut_s = third_s - 1e-4
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Start("b", 1, ("decode",)), Assign("a", (0,)), Subscribe(At(cut_s))],
+        f"at {cut_s:g}": [Migrate((0,), "b"), Release("b")],
+        "generation 0": [Prepare(("a",), (0,))],
+        "preparation 0": [Learn(("a",))],
+    }
+    arrived_s = third_s + costs.transfer_s(22, same_node=True)  # 20 + 3 tokens known, the newest has no KV
+    switched_s = cut_s + costs.switch_s(None, "decode", None)
+    generated_s = max(arrived_s, switched_s) + sum(times.decode_s(1, 20 + n) for n in range(3, 10))
+    happened, recorder = tell(costs, steps, script)
+    assert dict(happened)["generation 0"] == pytest.approx(generated_s, rel=1e-12)
+    sample = recorder.frames().samples.iloc[0]
+    assert (sample.function, sample.migrations, sample.prefill_tokens, sample.cached_tokens) == ("b", 1, 20, 22)
+
+
+def test_without_its_kv_a_response_is_computed_again() -> None:
+    steps = [[[10]]]
+    costs = make(steps)
+    times = costs.times(1)
+    first_s = start_s(costs) + costs.switch_s(None, "decode", 1) + times.prefill_s(20, 10)
+    cut_s = first_s + 1e-4  # in the iteration of the second token
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Start("b", 1, ("decode",)), Assign("a", (0,)), Subscribe(At(cut_s))],
+        f"at {cut_s:g}": [Migrate((0,), "b", with_kv=False)],
+        "generation 0": [Prepare(("a",), (0,))],
+        "preparation 0": [Learn(("a",))],
+    }
+    begins_s = max(first_s + times.decode_s(1, 21), cut_s + costs.switch_s(None, "decode", None))
+    generated_s = begins_s + times.prefill_s(22, 11) + sum(times.decode_s(1, 20 + n) for n in range(3, 10))
+    happened, recorder = tell(costs, steps, script)
+    assert dict(happened)["generation 0"] == pytest.approx(generated_s, rel=1e-12)
+    assert recorder.frames().samples.iloc[0].prefill_tokens == 20 + 22
+
+
+def test_a_released_function_is_billed_until_its_kv_has_left() -> None:
+    steps = [[[10]]]
+    costs = make_costs(make_job(steps), parameters={**EXACT_STARTS, "network": {"latency_s": 7.0}})
+    times = costs.times(1)
+    first_s = start_s(costs) + costs.switch_s(None, "decode", None) + times.prefill_s(20, 10)
+    cut_s = first_s + 1e-4
+    script: Script = {
+        "step 0": [Start("a", 1, ("decode",)), Start("b", 1, COLOCATED), Assign("a", (0,)), Subscribe(At(cut_s))],
+        f"at {cut_s:g}": [Migrate((0,), "b"), Release("a")],
+        "generation 0": [Prepare(("b",), (0,))],
+        "preparation 0": [Learn(("b",))],
+    }
+    happened, recorder = tell(costs, steps, script)
+    workers = recorder.frames().workers
+    last = workers[workers.function == "a"].iloc[-1]
+    assert last.state == "idle"
+    left_s = first_s + times.decode_s(1, 21)
+    assert (last.start_s, last.end_s) == pytest.approx((left_s, left_s + costs.transfer_s(21, same_node=True)))
+    assert last.end_s < dict(happened)["generation 0"]
+
+
+def test_prompts_are_prefilled_once_elsewhere_and_sent() -> None:
+    steps = [[[2, 3]]]
+    costs = make(steps)
+    times = costs.times(1)
+    script: Script = {
+        "step 0": [Start("p", 1, ("prefill",)), Start("d", 1, COLOCATED)],
+        "d started": [Assign("d", (0, 1), prefix_from="p")],
+        "generation 0": [Prepare(("d",), (0, 1))],
+        "preparation 0": [Learn(("d",))],
+    }
+    prefilled_s = start_s(costs) + costs.switch_s(None, "prefill", None) + times.prefill_s(50, 25)
+    arrived_s = prefilled_s + costs.transfer_s(50, same_node=True)
+    # 48 of 50 tokens are in full blocks; each response computes the last 2, after 48 others.
+    generated_s = arrived_s + times.prefill_s(4, 48 + 1) + times.decode_s(2, 51) + times.decode_s(1, 52)
+    happened, recorder = tell(costs, steps, script, prompt_tokens=50)
+    assert dict(happened)["generation 0"] == pytest.approx(generated_s, rel=1e-12)
+    samples = recorder.frames().samples
+    assert samples.prefill_tokens.sum() == 50 + 2 + 2
+    assert samples.cached_tokens.tolist() == [48, 48]
+
+
+def test_responses_are_prepared_while_others_are_generated() -> None:
+    steps = [[[1, 60]]]
+    costs = make(steps)
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Start("b", 1, ("prepare",)), Subscribe(Completions(1))],
+        "a started": [Assign("a", (0, 1))],
+        "Completions": [Prepare(("b",), (0,))],
+        "generation 0": [Prepare(("a",), (1,))],
+        "preparation 0": [Learn(("a",))],
+    }
+    backend_script = dict(script)
+    happened, recorder = tell_once(costs, steps, backend_script)
+    samples = recorder.frames().samples.set_index("response_id")
+    switch_s = costs.switch_s(None, "prepare", None)
+    assert samples.prepared_s[0] == pytest.approx(samples.finished_s[0] + switch_s + costs.prepare_s(21, 1, 1), rel=1e-12)
+    last_s = samples.finished_s[1] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(80, 1, 1)
+    assert dict(happened)["preparation 0"] == pytest.approx(last_s, rel=1e-12)
+
+
+def tell_once(costs: Costs, steps: Sequence[Lengths], script: dict[str, Sequence[Decision]]) -> tuple[Happened, Recorder]:
+    """As `tell`, but each line of the script is read once."""
+
+    class Once(dict[str, Sequence[Decision]]):
+        def get(self, name: str, default: object = None) -> Sequence[Decision]:  # type: ignore[override]
+            return self.pop(name, cast(Sequence[Decision], default))
+
+    return tell(costs, steps, Once(script))
+
+
+def test_a_sync_waits_for_the_weights_that_are_being_learned() -> None:
+    steps = [[[1], [1]], [[1], [1]]]
+    costs = make(steps)
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Start("b", 1, ("decode",))],
+        "b started": [Assign("a", (0,)), Assign("b", (1,))],
+        "generation 0": [Prepare(("a",), (0, 1))],
+        "preparation 0": [Learn(("a",)), Sync(("b",))],
+        "b synced": [Assign("b", (2, 3))],
+        "generation 1": [Prepare(("a",), (2, 3))],
+        "preparation 1": [Learn(("a",))],
+    }
+    happened, recorder = tell(costs, steps, script)
+    assert dict(happened)["b synced"] == pytest.approx(dict(happened)["learning 0"] + costs.sync_s(1, 1), rel=1e-12)
+    workers = recorder.frames().workers
+    waiting = workers[(workers.function == "b") & ((workers.end_s - dict(happened)["learning 0"]).abs() < 1e-9)]
+    assert waiting.state.tolist() == ["idle"]
+
+
+def test_data_parallel_preparation_is_as_slow_as_its_largest_share() -> None:
+    steps = [[[1, 5, 9, 30]]]
+    costs = make(steps)
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Start("b", 1, COLOCATED)],
+        "a started": [Assign("a", (0, 1, 2, 3))],
+        "generation 0": [Prepare(("a", "b"), (0, 1, 2, 3))],
+        "preparation 0": [Learn(("a", "b"))],
+    }
+    happened, _ = tell(costs, steps, script)
+    at = dict(happened)
+    # To and fro, longest first: 50 and 21 tokens to one, 29 and 25 to the other.
+    prepared_s = at["generation 0"] + costs.switch_s("decode", "prepare", 2) + costs.prepare_s(50 + 21, 2, 1)
+    assert at["preparation 0"] == pytest.approx(prepared_s, rel=1e-12)
+    learned_s = at["preparation 0"] + costs.learn_s(50 + 21, (50 + 21 + 29 + 25) / 4, 2, 1)
+    assert at["over"] == pytest.approx(learned_s, rel=1e-12)

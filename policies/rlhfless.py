@@ -410,21 +410,29 @@ class Predictor:
     def observe(self, history: Sequence[FinishedStep], cap: int) -> None:
         """Learn from steps not seen before."""
         for step in history[self._steps_seen :]:
-            for prompt_id, lengths in zip(step.prompt_ids, step.response_tokens, strict=True):
-                self._observe_group(prompt_id, lengths, cap)
+            self._observe_step(step, cap)
         self._steps_seen = len(history)
 
-    def _observe_group(self, prompt_id: int | str, lengths: Sequence[int], cap: int) -> None:
-        mean = sum(lengths) / len(lengths)
-        known = prompt_id in self.predicted
-        old = self.predicted.get(prompt_id, self.unseen(cap))
-        uncut = [math.log(tokens / old) for tokens in lengths if tokens < cap]
-        squares, count = self._errors.get(known, (0.0, 0.0))
-        self._errors[known] = (squares + sum(error * error for error in uncut), count + len(uncut))
-        self.predicted[prompt_id] = self.alpha * mean + (1 - self.alpha) * old if known else mean
-        self._tokens += sum(lengths)
-        self._responses += len(lengths)
-        self._at_cap += len(lengths) - len(uncut)
+    def _observe_step(self, step: FinishedStep, cap: int) -> None:
+        tokens = np.array(step.response_tokens, dtype=float)
+        old, known = self.predictions(step.prompt_ids, cap)
+        errors, uncut = np.log(tokens / old[:, None]), tokens < cap
+        for group in (True, False):
+            chosen = errors[uncut & (known == group)[:, None]]
+            squares, count = self._errors.get(group, (0.0, 0.0))
+            self._errors[group] = (squares + float(chosen @ chosen), count + chosen.size)
+        mean = tokens.mean(axis=1)
+        new = np.where(known, self.alpha * mean + (1 - self.alpha) * old, mean)
+        self.predicted.update(zip(step.prompt_ids, new.tolist(), strict=True))
+        self._tokens += float(tokens.sum())
+        self._responses += tokens.size
+        self._at_cap += int(tokens.size - uncut.sum())
+
+    def predictions(self, prompt_ids: Sequence[int | str], cap: int) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Predicted mean tokens of each prompt, and whether it has a history."""
+        unseen = self.unseen(cap)
+        found = [self.predicted.get(prompt_id) for prompt_id in prompt_ids]
+        return np.array([unseen if mean is None else mean for mean in found]), np.array([m is not None for m in found])
 
     def unseen(self, cap: int) -> float:
         """Predicted tokens of a prompt without history."""
@@ -439,9 +447,7 @@ class Predictor:
 
     def forecast(self, prompts: Sequence[Prompt], lengths: FloatArray, widths: FloatArray, cap: int) -> Forecast:
         """Lognormal lengths around the prediction, with the observed share that runs to the cap."""
-        unseen = self.unseen(cap)
-        mean = np.array([self.predicted.get(prompt.prompt_id, unseen) for prompt in prompts])
-        known = np.array([prompt.prompt_id in self.predicted for prompt in prompts])
+        mean, known = self.predictions([prompt.prompt_id for prompt in prompts], cap)
         spread = np.where(known, self.spread(known=True), self.spread(known=False))
         at_cap = self._at_cap / self._responses if self._responses else 0.0
         z = (np.log(lengths)[None, :] - np.log(mean)[:, None]) / spread[:, None]

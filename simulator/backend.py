@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,7 +160,7 @@ class SimulatedBackend:
             raise RuntimeError("the job is over: reset() begins a new one")
         for decision in decisions:
             self._carry_out(decision)
-        self._check_memory(decision for decision in decisions if isinstance(decision, Start))
+        self._check_memory(decisions)
         self._check_progress(decisions)
         try:
             while not self._events and not self._over:
@@ -180,18 +181,30 @@ class SimulatedBackend:
         self._asked_wall_s = time.perf_counter()
         return self._view
 
-    def _check_memory(self, starts: Iterable[Start]) -> None:
-        """Refuse functions that cannot fit; after all starts of a moment, since learners share their state."""
-        for start in starts:
-            world = self.learner_world() if "learn" in start.roles else None
-            try:
-                self.costs.check_fit(start.gpus, start.roles, world)
-            except DoesNotFit as error:
-                raise InvalidDecision(start, str(error), "what fits on its GPUs") from error
+    def _check_memory(self, decisions: Iterable[Decision]) -> None:
+        """Refuse functions that cannot fit; after all decisions of a moment, since learners share their state."""
+        for decision in decisions:
+            if isinstance(decision, Start):
+                self._check_fit(decision, self.functions[decision.function])
+            elif isinstance(decision, Release) and "learn" in self.functions[decision.function].roles:
+                for name, function in self.functions.items():
+                    if "learn" in function.roles and self._planned[name] != "gone":
+                        self._check_fit(decision, function)
+
+    def _check_fit(self, decision: Decision, function: SimFunction) -> None:
+        world, engine = function.learner_world(), function.engine
+        try:
+            self.costs.check_fit(function.gpus, function.roles, world)
+        except DoesNotFit as error:
+            raise InvalidDecision(decision, str(error), "what fits on its GPUs") from error
+        if engine is not None and engine.kv_blocks > self.costs.kv_blocks(function.gpus, world):
+            reason = f"{function.name!r} has KV where its larger share of the learner's state would be"
+            raise InvalidDecision(decision, reason, "releasing learners before the engines of others have started")
 
     def _check_progress(self, decisions: Sequence[Decision]) -> None:
-        acted = any(not isinstance(decision, Subscribe) for decision in decisions)
-        running = any(f.state in (State.BUSY, State.STARTING) for f in self.functions.values())
+        acted = any(not isinstance(decision, Subscribe | Sync) for decision in decisions)  # a Sync may change nothing
+        holding = (f for f in self.functions.values() if f.gpu_ids)  # the others wait for GPUs
+        running = any(f.state in (State.BUSY, State.STARTING) for f in holding)
         self._idle_calls = 0 if acted or running else self._idle_calls + 1
         if self._idle_calls > IDLE_CALLS_BEFORE_STALL:
             raise PolicyStalled(self._stall_report())
@@ -278,7 +291,8 @@ class SimulatedBackend:
 
     def idle(self, function: SimFunction, after: str) -> None:
         """Tell those who asked."""
-        if FunctionIdle() in self._subscriptions or FunctionIdle(function.name) in self._subscriptions:
+        asked = (FunctionIdle(name, what) for name in (None, function.name) for what in (None, after))
+        if any(trigger in self._subscriptions for trigger in asked):
             self._events.append(FunctionIdle(function.name, after))
 
     def generating(self, steps: set[int]) -> None:
@@ -328,10 +342,7 @@ class SimulatedBackend:
         for every in self._every:
             if before // every.every != self._completions // every.every:
                 self._events.append(every)
-        for below in self._below:
-            oldest = next(iter(self.steps.values()))
-            if oldest.unfinished < below.count:
-                self._fire_once(oldest, below)
+        self._fire_unfinished_below()
         for step in steps:
             state = self.steps[step]
             for ratio in self._ratios.get(None, ()):
@@ -341,6 +352,12 @@ class SimulatedBackend:
                 assigned = function.assigned_by_step[step]
                 if function.unfinished_by_step[step] <= (1 - ratio.ratio) * assigned + EPSILON:
                     self._fire_once(state, ratio)
+
+    def _fire_unfinished_below(self) -> None:
+        oldest = next(iter(self.steps.values()), None)
+        for below in self._below:
+            if oldest is not None and oldest.unfinished < below.count:
+                self._fire_once(oldest, below)
 
     def _fire_once(self, state: StepState, trigger: Trigger) -> None:
         if trigger not in state.fired:
@@ -367,6 +384,7 @@ class SimulatedBackend:
         self._learned[self.version].succeed()
         self._over = self.version == self.job.steps
         if not self._over:
+            self._fire_unfinished_below()  # the step that is now the oldest may have been below before
             self._open_steps()
 
     def _stage_finished(self, stage: Stage, step: int) -> None:
@@ -418,6 +436,9 @@ class SimulatedBackend:
         per_node = self.costs.node.gpus
         if self._planned.get(decision.function, "gone") != "gone":
             raise InvalidDecision(decision, f"{decision.function!r} exists already", "another name")
+        old = self.functions.get(decision.function)
+        if old is not None and old.state is not State.GONE:
+            raise InvalidDecision(decision, f"{decision.function!r} is being released", "another name until it is gone")
         if not 1 <= decision.gpus <= per_node:
             raise InvalidDecision(
                 decision, f"{decision.gpus} GPUs on one node, which has {per_node}", f"1 to {per_node} GPUs a function"
@@ -672,6 +693,10 @@ def _trigger_problem(trigger: object) -> tuple[str, str] | None:
             return f"fewer than {count} responses", "count >= 1"
         case StageFinished(stage=stage) if stage not in STAGES:
             return f"stage {stage!r}", ", ".join(STAGES)
+        case StageFinished(step=int(step)):
+            return f"step {step}", "step=None: the event names the step"
+        case At(time_s=time_s) if not -math.inf < time_s < math.inf:
+            return f"time {time_s}", "a finite time"
         case FunctionIdle() | CompletionRatio() | UnfinishedBelow() | Completions() | StageFinished() | At():
             return None
     return (

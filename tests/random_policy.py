@@ -176,4 +176,3 @@ class RandomPolicy:
         maybe_start, maybe_park, maybe_wake, maybe_release, maybe_sync, maybe_assign, maybe_migrate, maybe_prepare,
         maybe_learn,
     )  # fmt: skip
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -12,11 +11,11 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 from clusters import Lengths, make_backend, make_costs, make_job
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_policy import RandomPolicy
 
-from simrl.policies.contract import State
+from simrl.policies.contract import Observation, State
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.function import SimFunction
 from simrl.traces.job import Engine
@@ -52,9 +51,6 @@ class Case:
         lengths = [draw.randint(1, 64) for _ in range(prompts)]
         return cls(steps, lengths, draw.randint(1, 3), max_staleness, engine, seed)
 
-    def backend(self, seed: int | None = None) -> tuple[SimulatedBackend, Frames | None]:
-        raise NotImplementedError
-
 
 class Watch:
     """Looks at the cluster after every single event."""
@@ -62,7 +58,6 @@ class Watch:
     def __init__(self, backend: SimulatedBackend) -> None:
         self.backend = backend
         self.leased_s: dict[str, float] = defaultdict(float)
-        self.seen: Counter[str] = Counter()
         self._step, self._before_s = backend.env.step, 0.0
         self._leases: list[tuple[str, int]] = []
         backend.env.step = self.step  # type: ignore[method-assign]
@@ -90,11 +85,9 @@ class Watch:
             else:
                 assert function.state in (State.STARTING, State.PARKED, State.GONE), f"{function.state} without GPUs"
         for node in self.backend.pool.nodes:
-            granted = [
-                event for event in taken[node.index] if taken[node.index].count(event) > 1
-            ]
-            assert not granted, f"GPUs {granted} of node {node.index} are held twice"
-            assert set(taken[node.index]) <= set(range(8))
+            gpus = taken[node.index]
+            assert len(set(gpus)) == len(gpus), f"a GPU of node {node.index} is held twice: {sorted(gpus)}"
+            assert set(gpus) <= set(range(8))
 
     def check_memory(self, function: SimFunction) -> None:
         costs, engine, world = self.backend.costs, function.engine, function.learner_world()
@@ -102,7 +95,6 @@ class Watch:
         if engine is not None:
             assert 0 <= engine.free_blocks <= engine.kv_blocks
             kv_blocks = engine.kv_blocks - engine.free_blocks
-            self.seen["preempted"] += engine.preemptions
         if not function.gpu_ids:
             assert not kv_blocks, f"{function.name} is {function.state} and has KV on GPUs"
             return
@@ -126,14 +118,13 @@ def run(case: Case, seed: int | None = None) -> tuple[Frames, Watch, RandomPolic
     costs = make_costs(job, nodes=case.nodes, engine=case.engine)
     backend, recorder = make_backend(costs, case.steps, case.prompt_tokens, case.seed if seed is None else seed)
     policy = RandomPolicy(case.seed)
-    observation = backend.reset()
+    observation: Observation | None = backend.reset()
     watch = Watch(backend)
     calls = 0
-    current = observation
-    while current is not None:
+    while observation is not None:
         calls += 1
         assert calls < 20_000, "no progress"
-        current = backend.advance(policy.decide(current))  # type: ignore[assignment]
+        observation = backend.advance(policy.decide(observation))
     return recorder.frames(), watch, policy
 
 
@@ -194,7 +185,7 @@ def assert_same(first: Frames, second: Frames) -> None:
 def test_books_are_in_order_whatever_is_decided() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+    @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
     @given(st.integers(0, 2**31), st.integers(0, 1))
     def check(seed: int, max_staleness: int) -> None:
         case = Case.make(seed, max_staleness)
@@ -205,10 +196,12 @@ def test_books_are_in_order_whatever_is_decided() -> None:
         seen.update(policy.done)
         seen["moved"] += int(frames.samples.migrations.sum())
         seen["stale"] += int((frames.samples.weights_version < frames.samples.step).sum())
-        seen["prepared early"] += len(frames.samples) and int(frames.samples.prepared_s.min() < frames.samples.finished_s.max())
+        samples = frames.samples
+        seen["prepared early"] += int(samples.prepared_s.min() < samples.finished_s.max())
 
     check()
-    kinds = ("Start", "Park", "Wake", "Release", "Assign", "Migrate", "Prepare", "Learn", "Sync", "moved", "stale", "prepared early")
+    decisions = ("Start", "Park", "Wake", "Release", "Assign", "Migrate", "Prepare", "Learn", "Sync")
+    kinds = (*decisions, "moved", "stale", "prepared early")
     rare = {kind: seen[kind] for kind in kinds if seen[kind] < 20}
     assert not rare, f"the sample hardly holds {rare}"
 
@@ -219,11 +212,8 @@ def test_a_run_can_be_repeated(seed: int) -> None:
     assert_same(run(case)[0], run(case)[0])
 
 
-def test_a_backend_can_be_reset() -> None: ...
-
-
 def test_another_seed_draws_other_start_times() -> None:
     case = Case.make(1, 0)
     first, second = run(case, seed=1)[0].workers, run(case, seed=2)[0].workers
-    ready_s = [frame[frame.state == "cold"].groupby("function").end_s.min() for frame in (first, second)]
-    assert (ready_s[0]["f0"], ready_s[0]["f0"]) != (ready_s[1]["f0"], ready_s[1]["f0"])
+    ready_s = [float(rows[rows.function == "f0"].end_s.iloc[0]) for rows in (first, second)]
+    assert ready_s[0] != ready_s[1]

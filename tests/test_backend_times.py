@@ -263,12 +263,16 @@ def test_responses_are_prepared_while_others_are_generated() -> None:
     happened, recorder = tell_once(costs, steps, backend_script)
     samples = recorder.frames().samples.set_index("response_id")
     switch_s = costs.switch_s(None, "prepare", None)
-    assert samples.prepared_s[0] == pytest.approx(samples.finished_s[0] + switch_s + costs.prepare_s(21, 1, 1), rel=1e-12)
+    assert samples.prepared_s[0] == pytest.approx(
+        samples.finished_s[0] + switch_s + costs.prepare_s(21, 1, 1), rel=1e-12
+    )
     last_s = samples.finished_s[1] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(80, 1, 1)
     assert dict(happened)["preparation 0"] == pytest.approx(last_s, rel=1e-12)
 
 
-def tell_once(costs: Costs, steps: Sequence[Lengths], script: dict[str, Sequence[Decision]]) -> tuple[Happened, Recorder]:
+def tell_once(
+    costs: Costs, steps: Sequence[Lengths], script: dict[str, Sequence[Decision]]
+) -> tuple[Happened, Recorder]:
     """As `tell`, but each line of the script is read once."""
 
     class Once(dict[str, Sequence[Decision]]):

@@ -33,6 +33,7 @@ from simrl.policies.contract import (
     drive,
 )
 from simrl.simulator.backend import SimulatedBackend
+from simrl.traces.job import Engine
 
 COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")
 STARTS: list[Decision] = [Start("a", 1, COLOCATED), Start("b", 1, COLOCATED), Start("d", 1, ("decode",))]
@@ -195,8 +196,20 @@ def test_learners_that_only_fit_together_are_not_released_one_by_one() -> None:
     backend, _ = make_backend(make_costs(make_job(work, model="qwen2.5-7b")), work)
     backend.reset()
     starts = [Start(name, 1, ("learn",)) for name in "abcd"]
+    backend.advance([*starts, Subscribe(At(1e4)), Subscribe(At(2e4))])
+    backend.advance([Release("d")])  # 7.6 billion parameters x 16 bytes / 3 = 41 GB a GPU
     with pytest.raises(InvalidDecision, match="does not fit"):
-        backend.advance([*starts, Release("b"), Release("c"), Release("d")])
+        backend.advance([Release("c")])
+
+
+def test_learners_are_not_released_when_an_engine_has_taken_the_room_for_kv() -> None:
+    work = [[[3]]]
+    backend, _ = make_backend(make_costs(make_job(work), engine=Engine(gpu_memory_utilization=0.95)), work)
+    backend.reset()
+    starts = [Start("a", 1, COLOCATED), Start("b", 1, ("learn",)), Start("c", 1, ("learn",))]
+    backend.advance([*starts, Subscribe(At(1e4))])
+    with pytest.raises(InvalidDecision, match="KV"):
+        backend.advance([Release("b"), Release("c")])
 
 
 def test_a_response_that_goes_there_and_back_is_no_longer_waited_for() -> None:
@@ -229,9 +242,11 @@ class Waits:
     """Asks to be woken a second later, for ever, and does what it is told now and then."""
 
     def __init__(self, *first: Decision, always: Sequence[Decision] = ()) -> None:
-        self.first, self.always = list(first), always
+        self.first, self.always, self.calls = list(first), always, 0
 
     def decide(self, observation: Observation) -> Sequence[Decision]:
+        self.calls += 1
+        assert self.calls < 5000, "nobody stops it"
         decisions, self.first = self.first, []
         return [*decisions, *self.always, Subscribe(At(observation.time_s + 1))]
 

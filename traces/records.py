@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,8 +66,18 @@ class Frames:
         return {name: getattr(self, name) for name in names}
 
 
+TEXT = {"prompt_id", "function", "stage", "state", "role", "gpu_ids", "decision", "detail", "node"}  # or may be None
+
+
 def _frame(rows: Sequence[tuple[object, ...]], columns: tuple[str, ...]) -> pd.DataFrame:
     import pandas as pd  # heavy: only when a run is over
 
     values = zip(*rows, strict=True) if rows else ([] for _ in columns)
-    return pd.DataFrame({column: list(column_values) for column, column_values in zip(columns, values, strict=True)})
+    return pd.DataFrame({name: _column(name, column) for name, column in zip(columns, values, strict=True)})
+
+
+def _column(name: str, values: Sequence[object]) -> NDArray[Any]:
+    """An array of a fitting type; pandas would look at every value of a list to find it."""
+    if name in TEXT and not all(type(value) is int for value in values):
+        return np.array(values, dtype=object)
+    return np.array(values)

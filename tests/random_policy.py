@@ -29,7 +29,8 @@ from simrl.policies.contract import (
 )
 
 ROLE_SETS: tuple[tuple[Role, ...], ...] = (
-    ("decode",), ("prefill", "decode"), ("prefill",), ("prepare",), ("decode", "prepare"), ("decode", "prepare", "learn"),
+    ("decode",), ("prefill", "decode"), ("prefill",), ("prepare",), ("decode", "prepare"),
+    ("decode", "prepare", "learn"),
 )  # fmt: skip
 EVERYTHING: tuple[Role, ...] = ("prefill", "decode", "prepare", "learn")
 MOST_FUNCTIONS = 9
@@ -100,7 +101,7 @@ class RandomPolicy:
     def maybe_start(self, observation: Observation) -> None:
         roles = self.random.choice(ROLE_SETS)
         node = self.random.choice(observation.nodes)
-        # Parked functions need their GPUs back: gangs whose members hold GPUs that another member waits for stand still.
+        # Parked functions need their GPUs back: a gang stands still if one member holds GPUs that another waits for.
         taken = sum(function.gpus for function in observation.functions.values() if function.node == node.index)
         room = taken + 2 <= node.gpus and len(self.roles) < MOST_FUNCTIONS
         if room and self.chance(0.05) and not ("learn" in roles and self.learning):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -26,7 +26,7 @@ from simrl.traces.records import Frames
 class Case:
     """A small job on a small cluster, all of it from one number."""
 
-    steps: list[Lengths]
+    steps: Sequence[Lengths]
     prompt_tokens: list[int]
     nodes: int
     max_staleness: int
@@ -146,13 +146,13 @@ def check_samples(case: Case, frames: Frames) -> None:
 
 
 def check_stages(frames: Frames) -> None:
-    stages = frames.phases.set_index(["step", "stage"])
+    phases = frames.phases
     for step, samples in frames.samples.groupby("step"):
-        learning = stages.loc[(step, "learning")]
-        assert learning.start_s >= samples.prepared_s.max() - 1e-9
-        assert stages.loc[(step, "generation")].end_s == pytest.approx(samples.finished_s.max(), rel=1e-12)
-        assert stages.loc[(step, "preparation")].end_s == pytest.approx(samples.prepared_s.max(), rel=1e-12)
-    assert (frames.phases.end_s >= frames.phases.start_s).all()
+        stages = phases[phases.step == step].set_index("stage")
+        assert stages.start_s["learning"] >= samples.prepared_s.max() - 1e-9
+        assert stages.end_s["generation"] == pytest.approx(samples.finished_s.max(), rel=1e-12)
+        assert stages.end_s["preparation"] == pytest.approx(samples.prepared_s.max(), rel=1e-12)
+    assert (phases.end_s >= phases.start_s).all()
 
 
 def check_workers(frames: Frames, watch: Watch) -> None:

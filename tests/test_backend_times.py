@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import pytest
 from clusters import EXACT_STARTS, Lengths, make_backend, make_costs, make_job
@@ -43,12 +42,13 @@ Script = Mapping[str, Sequence[Decision]]  # what to decide when something happe
 def tell(costs: Costs, steps: Sequence[Lengths], script: Script, prompt_tokens: int = 20) -> tuple[Happened, Recorder]:
     """Run a script from "step 0" on: what happened when, and the records."""
     backend, recorder = make_backend(costs, steps, prompt_tokens)
+    lines = dict(script)  # each is read once
     observation: Observation | None = backend.reset()
     happened: Happened = []
     while observation is not None:
         names = [_name(event) for event in observation.events]
         happened += [(name, observation.time_s) for name in names]
-        decisions = [decision for name in names for decision in script.get(name, ())]
+        decisions = [decision for name in names for decision in lines.pop(name, ())]
         observation = backend.advance([*LISTEN, *decisions])
     return [*happened, ("over", backend.env.now)], recorder
 
@@ -107,7 +107,8 @@ def test_a_function_takes_each_stage_in_turn() -> None:
         ("preparation 1", prepared_1_s), ("a prepared", prepared_1_s),
         ("over", learned_1_s),
     ]  # fmt: skip
-    assert happened == [(name, pytest.approx(time_s, rel=1e-12)) for name, time_s in expected]
+    assert [name for name, _ in happened] == [name for name, _ in expected]
+    assert [time_s for _, time_s in happened] == pytest.approx([time_s for _, time_s in expected], rel=1e-12)
     phases = recorder.frames().phases.set_index(["step", "stage"])
     assert phases.loc[(0, "generation"), "start_s"] == pytest.approx(awake_s)
     assert phases.loc[(0, "learning"), "start_s"] == pytest.approx(prepared_s)
@@ -259,8 +260,7 @@ def test_responses_are_prepared_while_others_are_generated() -> None:
         "generation 0": [Prepare(("a",), (1,))],
         "preparation 0": [Learn(("a",))],
     }
-    backend_script = dict(script)
-    happened, recorder = tell_once(costs, steps, backend_script)
+    happened, recorder = tell(costs, steps, script)
     samples = recorder.frames().samples.set_index("response_id")
     switch_s = costs.switch_s(None, "prepare", None)
     assert samples.prepared_s[0] == pytest.approx(
@@ -268,18 +268,6 @@ def test_responses_are_prepared_while_others_are_generated() -> None:
     )
     last_s = samples.finished_s[1] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(80, 1, 1)
     assert dict(happened)["preparation 0"] == pytest.approx(last_s, rel=1e-12)
-
-
-def tell_once(
-    costs: Costs, steps: Sequence[Lengths], script: dict[str, Sequence[Decision]]
-) -> tuple[Happened, Recorder]:
-    """As `tell`, but each line of the script is read once."""
-
-    class Once(dict[str, Sequence[Decision]]):
-        def get(self, name: str, default: object = None) -> Sequence[Decision]:  # type: ignore[override]
-            return self.pop(name, cast(Sequence[Decision], default))
-
-    return tell(costs, steps, Once(script))
 
 
 def test_a_sync_waits_for_the_weights_that_are_being_learned() -> None:
@@ -317,3 +305,40 @@ def test_data_parallel_preparation_is_as_slow_as_its_largest_share() -> None:
     assert at["preparation 0"] == pytest.approx(prepared_s, rel=1e-12)
     learned_s = at["preparation 0"] + costs.learn_s(50 + 21, (50 + 21 + 29 + 25) / 4, 2, 1)
     assert at["over"] == pytest.approx(learned_s, rel=1e-12)
+
+
+def test_learning_begins_when_the_last_learner_is_there() -> None:
+    steps = [[[1]]]
+    costs = make(steps)
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Start("b", 1, COLOCATED)],
+        "b started": [Assign("a", (0,))],
+        "generation 0": [Prepare(("a",), (0,))],
+        "preparation 0": [Park("b"), Wake("b"), Learn(("a", "b"))],
+    }
+    happened, recorder = tell(costs, steps, script)
+    at = dict(happened)
+    away_s = costs.park_s(1, COLOCATED, 2) + costs.wake_s(1, COLOCATED, 2) + costs.switch_s(None, "learn", 2)
+    assert at["over"] == pytest.approx(at["preparation 0"] + away_s + costs.learn_s(21, 21, 2, 1), rel=1e-12)
+    workers = recorder.frames().workers
+    waiting = workers[(workers.function == "a") & (workers.start_s == at["preparation 0"])].iloc[0]
+    assert (waiting.state, waiting.role) == ("idle", "learn")
+    assert waiting.end_s - waiting.start_s == pytest.approx(away_s)
+
+
+def test_intervals_tell_state_role_and_stage() -> None:
+    steps = [[[2]]]
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED)],
+        "a started": [Assign("a", (0,)), Subscribe(At(1e4))],
+        "at 10000": [Prepare(("a",), (0,))],
+        "preparation 0": [Learn(("a",))],
+    }
+    workers = tell(make(steps), steps, script)[1].frames().workers
+    rows = workers[["state", "role", "stage"]].astype(object).where(workers[["state", "role", "stage"]].notna(), None)
+    assert list(rows.itertuples(index=False, name=None)) == [
+        ("cold", None, None), ("cold", None, None),  # start, then the engine's waking
+        ("busy", "decode", "generation"), ("idle", "decode", "generation"),
+        ("cold", "decode", None),  # the engine goes to sleep
+        ("busy", "prepare", "preparation"), ("busy", "learn", "learning"),
+    ]  # fmt: skip

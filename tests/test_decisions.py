@@ -20,6 +20,7 @@ from simrl.policies.contract import (
     Migrate,
     Observation,
     Park,
+    Policy,
     PolicyStalled,
     Prepare,
     Release,
@@ -77,9 +78,9 @@ ILLEGAL_AT_ONCE: list[tuple[str, list[Any], str, str]] = [
     ("a name that is taken", [Start("a", 1, ("decode",))], "'a' exists already", "another name"),
     ("preparing without the role", [Prepare(("d",), ())], "'d' has no prepare role, it has decode", "a, b"),
     ("learning without the role", [Learn(("d",))], "'d' has no learn role", "a, b"),
-    ("prefilling without the role", [Assign("a", (0,), "d")], "'d' has no prefill role", "Start one with the role prefill"),
+    ("prefilling without the role", [Assign("a", (0,), "d")], "'d' has no prefill role", "Start one"),
     ("assigning to a parked function", [Park("a"), Assign("a", (0,))], "'a' is parked", "Wake it first"),
-    ("migrating to a parked function", [Assign("b", (0,)), Park("a"), Migrate((0,), "a")], "'a' is parked", "Wake it first"),
+    ("migrating to a parked one", [Assign("b", (0,)), Park("a"), Migrate((0,), "a")], "'a' is parked", "Wake it first"),
     ("parking twice", [Park("a"), Park("a")], "'a' is parked already", "a function that is awake"),
     ("waking one that is awake", [Wake("a")], "'a' is awake", "a parked function"),
     ("learning before all is prepared", [Learn(("a", "b"))], "4 responses of step 0 are not prepared", "all prepared"),
@@ -257,7 +258,7 @@ class NeverPrepares:
 
 
 FULL = Start("all", 8, COLOCATED)
-STALLED = {
+STALLED: dict[str, tuple[Policy, str]] = {
     "does nothing": (Idle(), "4 responses unassigned"),
     "never prepares": (NeverPrepares(), "0 unfinished, 4 unprepared"),
     "waits for ever": (Waits(), "4 responses unassigned"),
@@ -419,7 +420,7 @@ def test_an_unfinished_count_fires_for_a_step_that_was_done_before_it_became_the
     observation = backend.advance([*listen, *STARTS, Assign("a", tuple(range(8)))])
     seen = 0
     decided: list[Decision] = []
-    while observation is not None and not seen == 2:
+    while observation is not None and seen != 2:
         seen += UnfinishedBelow(1) in observation.events
         decided = []
         if len(observation.unprepared) == 8:

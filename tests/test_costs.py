@@ -1,0 +1,280 @@
+"""The cost model, the GPU pool and the network, against arithmetic by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import simpy
+from clusters import make_costs, make_job
+
+from simrl.simulator.cluster import GpuPool, Network
+from simrl.simulator.costs import Costs, DoesNotFit
+from simrl.traces.job import Engine, Job
+
+# Round numbers, so that re-sourcing a constant does not touch these tests.
+ROUND = {
+    "gpu": {
+        "l40s": {
+            "memory_bytes": 48e9, "peak_flops": 400e12, "learn_mfu": 0.25, "forward_mfu": 0.5,
+            "memory_bytes_per_s": 800e9, "link_bytes_per_s": 20e9,
+        },
+    },
+    "node": {"g6e.48xlarge": {"nic_bytes_per_s": 50e9, "host_bytes_per_s": 10e9, "host_memory_bytes": 1.5e12}},
+    "network": {"efficiency": 0.8, "latency_s": 0.01},
+    "serving": {"activation_bytes_per_gpu": 3e9, "workspace_bytes_per_gpu": 5e9, "flat_tolerance": 0.25},
+    "start": {
+        "download_bytes_per_s": 250e6, "load_bytes_per_s": 500e6, "init_s": 90, "compile_s": 50, "capture_s": 40,
+        "spread": 0.1,
+    },
+    "switch": {"engine_sleep_s": 1.5, "engine_wake_s": 0.5, "sync_setup_s": 1.0},
+    "learner": {
+        "bytes_per_parameter": 16, "micro_batch_tokens": 10_000, "rule_reward_s": 0.001, "reward_workers": 50,
+    },
+}  # fmt: skip
+PARAMETERS_7B = 7_615_616_512  # Qwen2.5-7B, as counted in test_models.py
+WEIGHTS_7B = 2 * PARAMETERS_7B
+
+
+def costs_of(model: str = "qwen2.5-7b", nodes: int = 1, engine: Engine | None = None, **job: Any) -> Costs:
+    return make_costs(Job(model=model, **job), nodes=nodes, engine=engine, parameters=ROUND)
+
+
+def approx(value: float | dict[str, float]) -> Any:
+    return pytest.approx(value, rel=1e-12)
+
+
+# --- memory ---
+
+
+def test_the_learners_state_is_sharded_over_all_its_gpus() -> None:
+    assert costs_of().learner_bytes(16) == approx(16 * PARAMETERS_7B / 16)
+    assert costs_of(algorithm="ppo").learner_bytes(16) == approx(2 * 16 * PARAMETERS_7B / 16)
+
+
+@pytest.mark.parametrize(
+    ("model", "kv_bytes"), [("qwen2.5-7b", 2 * 28 * 4 * 128 * 2), ("llama-2-70b", 2 * 80 * 8 * 128 * 2)]
+)
+def test_kv_holds_keys_and_values_of_all_layers(model: str, kv_bytes: int) -> None:
+    assert costs_of(model).kv_token_bytes == kv_bytes
+
+
+def test_a_colocated_engine_has_the_presets_share_and_a_lone_one_more() -> None:
+    costs = costs_of(engine=Engine(gpu_memory_utilization=0.6))
+    assert costs.kv_bytes(2, 16) == approx(0.6 * 48e9 - WEIGHTS_7B / 2 - 3e9)
+    assert costs.kv_bytes(2, None) == approx(0.9 * 48e9 - WEIGHTS_7B / 2 - 3e9)
+
+
+def test_a_resident_learner_leaves_less_for_kv() -> None:
+    costs = costs_of(engine=Engine(gpu_memory_utilization=0.9))
+    state = 16 * PARAMETERS_7B / 8
+    assert costs.kv_bytes(2, 8) == approx(0.98 * 48e9 - WEIGHTS_7B / 2 - 3e9 - state)
+    offloaded = costs_of(engine=Engine(gpu_memory_utilization=0.9), learner_offload=True)
+    assert offloaded.kv_bytes(2, 8) == approx(0.9 * 48e9 - WEIGHTS_7B / 2 - 3e9)
+
+
+def test_kv_blocks_are_whole() -> None:
+    costs = costs_of(engine=Engine(gpu_memory_utilization=0.6))
+    assert costs.kv_blocks(2, 16) == int(2 * (0.6 * 48e9 - WEIGHTS_7B / 2 - 3e9) / 57_344 / 16)
+
+
+def test_what_does_not_fit_says_what_is_needed_and_what_there_is() -> None:
+    costs = costs_of("qwen2.5-14b")
+    needed = 2 * costs.model.parameters + 3e9 + 3072 * costs.kv_token_bytes + costs.learner_bytes(1)
+    with pytest.raises(DoesNotFit, match=rf"needs {needed / 1e9:.1f} GB .* has 48.0 GB"):
+        costs.check_fit(1, ("decode", "prepare", "learn"), 1)
+    with pytest.raises(DoesNotFit, match=rf"needs {(16 * PARAMETERS_7B / 2 + 5e9) / 1e9:.1f} GB and has 48.0 GB"):
+        costs_of().check_fit(1, ("learn",), 2)
+    costs_of().check_fit(1, ("learn",), 3)
+
+
+# --- compute ---
+
+
+def test_a_forward_pass_takes_two_flops_a_parameter_and_four_a_layer_for_each_pair_of_tokens() -> None:
+    flops_a_token = 2 * PARAMETERS_7B + 4 * 28 * 28 * 128 * (600 / 2)  # a token attends to half its sequence on average
+    assert costs_of().forward_s(12_000, 4, 600) == approx(12_000 * flops_a_token / (400e12 * 0.5 * 4))
+
+
+def test_preparation_runs_two_models_and_loads_one() -> None:
+    costs = costs_of()
+    forward_s = costs.forward_s(12_000, 2, 12_000 / 20)
+    assert costs.prepare_s(12_000, 20, 2) == approx(2 * forward_s + WEIGHTS_7B / 2 / 10e9)
+    ppo = costs_of(algorithm="ppo")
+    assert ppo.prepare_s(12_000, 20, 2) == approx(3 * forward_s + 2 * WEIGHTS_7B / 2 / 10e9)
+
+
+def test_preparation_is_no_faster_than_scoring() -> None:
+    costs = make_costs(make_job([[[1]]]), parameters=ROUND)
+    assert costs.prepare_s(1_000_000, 1_000_000, 8) == approx(1_000_000 * 0.001 / 50)
+    assert costs.prepare_s(0, 0, 8) == 0
+
+
+def optimizer_s(gpus: int) -> float:
+    return 2 * 16 * PARAMETERS_7B / gpus / 800e9
+
+
+def test_learning_on_much_is_bound_by_computing() -> None:
+    flops_a_token = 2 * PARAMETERS_7B + 4 * 28 * 28 * 128 * 250
+    compute_s = 3 * 40_000 * flops_a_token / (400e12 * 0.25)
+    communication_s = 3 * 4 * WEIGHTS_7B * 7 / 8 / 20e9
+    assert compute_s > communication_s
+    assert costs_of().learn_s(40_000, 500, 8, 1) == approx(compute_s + optimizer_s(8))
+
+
+def test_learning_on_little_is_bound_by_communication() -> None:
+    compute_s = 3 * 100 * 2 * PARAMETERS_7B / (400e12 * 0.25)
+    communication_s = 3 * 1 * WEIGHTS_7B * 15 / 16 / 20e9  # the PCIe link, not the NIC of 40e9, is the slowest
+    assert compute_s < communication_s
+    assert costs_of(nodes=2).learn_s(100, 500, 16, 2) == approx(communication_s + optimizer_s(16))
+
+
+def test_between_nodes_a_slow_nic_sets_the_pace_of_learning() -> None:
+    slow = {**ROUND, "network": {"efficiency": 0.2, "latency_s": 0.01}}  # 10e9 B/s
+    costs = make_costs(Job(), nodes=2, parameters=slow)
+    assert costs.learn_s(100, 500, 16, 2) == approx(3 * WEIGHTS_7B * 15 / 16 / 10e9 + optimizer_s(16))
+    assert costs.learn_s(100, 500, 8, 1) == approx(3 * WEIGHTS_7B * 7 / 8 / 20e9 + optimizer_s(8))
+
+
+def test_one_gpu_learns_without_communication() -> None:
+    costs = make_costs(make_job([[[1]]]), parameters=ROUND)
+    parameters = costs.model.parameters
+    flops_a_token = 2 * parameters + 4 * 24 * 14 * 64 * 10
+    expected_s = 3 * 50 * flops_a_token / (400e12 * 0.25) + 2 * 16 * parameters / 800e9
+    assert costs.learn_s(50, 20, 1, 1) == approx(expected_s)
+
+
+# --- movement ---
+
+
+def test_a_sync_takes_the_slower_of_link_and_nic() -> None:
+    assert costs_of().sync_s(2, 1) == approx(1 + WEIGHTS_7B / 2 / 20e9)
+    assert costs_of(nodes=2).sync_s(2, 2) == approx(1 + max(WEIGHTS_7B / 2 / 20e9, WEIGHTS_7B / 40e9))
+    assert costs_of(nodes=2).sync_s(4, 2) == approx(1 + WEIGHTS_7B / 40e9)
+
+
+def test_kv_goes_over_the_link_within_a_node_and_the_nic_between_nodes() -> None:
+    assert costs_of().transfer_s(1000, same_node=True) == approx(0.01 + 1000 * 57_344 / 20e9)
+    assert costs_of().transfer_s(1000, same_node=False) == approx(0.01 + 1000 * 57_344 / 40e9)
+
+
+def test_parking_moves_the_learners_state_and_waking_the_weights_too() -> None:
+    state = 16 * PARAMETERS_7B / 8
+    costs = costs_of()
+    assert costs.park_s(2, ("decode",), None) == 1.5
+    assert costs.park_s(2, ("decode", "learn"), 8) == approx(1.5 + state / 10e9)
+    assert costs.wake_s(2, ("decode",), None) == approx(0.5 + WEIGHTS_7B / 2 / 10e9)
+    assert costs.wake_s(2, ("decode", "learn"), 8) == approx(0.5 + (WEIGHTS_7B / 2 + state) / 10e9)
+
+
+def test_only_changing_between_engine_and_trainer_takes_time() -> None:
+    costs = costs_of()
+    assert costs.switch_s("prefill", "decode", 8) == costs.switch_s("prepare", "learn", 8) == 0
+    assert costs.switch_s("decode", "prepare", 8) == 1.5
+    assert costs.switch_s("learn", "decode", 8) == 0.5
+    offload_s = 16 * PARAMETERS_7B / 8 / 10e9
+    assert costs_of(learner_offload=True).switch_s("decode", "prepare", 8) == approx(1.5 + offload_s)
+
+
+def test_a_start_compiles_only_with_cuda_graphs() -> None:
+    weights = {"download": WEIGHTS_7B / 250e6, "weights": WEIGHTS_7B / 2 / 500e6, "init": 90.0}
+    graphs = costs_of(engine=Engine(preset="vllm-current"))
+    eager = costs_of(engine=Engine(preset="vllm-0.8-eager"))
+    assert graphs.start_phases(2, ("decode",), cached=False) == approx({**weights, "compile": 50.0, "capture": 40.0})
+    assert eager.start_phases(2, ("decode",), cached=False) == approx(weights)
+    assert graphs.start_phases(2, ("learn",), cached=True) == approx({**weights, "download": 0.0})
+
+
+# --- the network ---
+
+
+def network(nodes: int = 3) -> tuple[simpy.Environment, Network, Costs]:
+    costs = costs_of(nodes=nodes)
+    env = simpy.Environment()
+    return env, Network(env, GpuPool(env, nodes, costs.node).nodes, costs), costs
+
+
+def arrivals(env: simpy.Environment, sends: dict[str, simpy.Event]) -> dict[str, float]:
+    seen: dict[str, float] = {}
+
+    def wait(name: str, event: simpy.Event) -> Generator[simpy.Event, None, None]:
+        yield event
+        seen[name] = env.now
+
+    for name, event in sends.items():
+        env.process(wait(name, event))
+    env.run()
+    return seen
+
+
+def test_two_transfers_share_a_nic() -> None:
+    env, net, _ = network()
+    bytes_s = 100_000 * 57_344 / 40e9
+    sends = {"first": net.send(0, 1, 100_000), "to 2": net.send(0, 2, 100_000), "to 1": net.send(0, 1, 100_000)}
+    expected = {"first": bytes_s + 0.01, "to 2": 2 * bytes_s + 0.01, "to 1": 3 * bytes_s + 0.01}
+    assert arrivals(env, sends) == approx(expected)
+
+
+def test_transfers_between_other_nodes_and_in_the_other_direction_go_on_meanwhile() -> None:
+    env, net, costs = network(4)
+    one_s = costs.transfer_s(100_000, same_node=False)
+    sends = {"0 to 1": net.send(0, 1, 100_000), "2 to 3": net.send(2, 3, 100_000), "1 to 0": net.send(1, 0, 100_000)}
+    assert arrivals(env, sends) == approx(dict.fromkeys(sends, one_s))
+
+
+def test_a_receiver_is_shared_as_well() -> None:
+    env, net, _ = network()
+    bytes_s = 100_000 * 57_344 / 40e9
+    sends = {"0 to 2": net.send(0, 2, 100_000), "1 to 2": net.send(1, 2, 100_000)}
+    assert arrivals(env, sends) == approx({"0 to 2": bytes_s + 0.01, "1 to 2": 2 * bytes_s + 0.01})
+
+
+def test_within_a_node_no_nic_is_needed() -> None:
+    env, net, costs = network()
+    sends = {"between": net.send(0, 1, 100_000), "within": net.send(0, 0, 100_000)}
+    assert arrivals(env, sends)["within"] == approx(costs.transfer_s(100_000, same_node=True))
+
+
+# --- the pool ---
+
+
+def pool(nodes: int = 2) -> GpuPool:
+    costs = costs_of(nodes=nodes)
+    return GpuPool(simpy.Environment(), nodes, costs.node)
+
+
+def test_all_gpus_of_a_lease_are_on_one_node() -> None:
+    gpus = pool()
+    assert gpus.lease(6, None).value == (0, (0, 1, 2, 3, 4, 5))
+    assert gpus.lease(4, None).value == (1, (0, 1, 2, 3))
+    assert not gpus.lease(5, None).triggered  # 2 + 4 are free, on two nodes
+
+
+def test_leases_are_granted_in_order() -> None:
+    gpus = pool(1)
+    gpus.lease(8, None)
+    waiting = [gpus.lease(2, None) for _ in range(3)]
+    for count, freed in enumerate(((0, 1), (2, 3), (4, 5)), start=1):
+        gpus.give_back(0, freed)
+        assert [lease.triggered for lease in waiting] == [True] * count + [False] * (3 - count)
+        assert waiting[count - 1].value == (0, freed)
+
+
+def test_who_waits_for_a_certain_node_does_not_hold_up_the_others() -> None:
+    gpus = pool()
+    gpus.lease(8, 0)
+    patient = gpus.lease(1, 0)
+    assert gpus.lease(1, None).value == (1, (0,))
+    assert gpus.lease(1, 1).value == (1, (1,))
+    assert not patient.triggered
+    gpus.give_back(0, (3,))
+    assert patient.value == (0, (3,))
+
+
+def test_gpus_are_given_back_once() -> None:
+    gpus = pool()
+    gpus.lease(2, 0)
+    gpus.give_back(0, (0, 1))
+    with pytest.raises(AssertionError, match="given back twice"):
+        gpus.give_back(0, (0,))

@@ -22,7 +22,7 @@ from simrl.policies.registry import load_policy_class, params_class
 from simrl.traces.job import Billing, Cluster, Engine, Job, Section
 from simrl.traces.lengths import load_workload
 from simrl.traces.models import load_model
-from simrl.traces.parameters import Parameters, check_known
+from simrl.traces.parameters import Parameters, check_known, shipped_parameters
 
 DEFAULT_PRESET = "g6e"
 SECTIONS: dict[str, type[Section]] = {"job": Job, "cluster": Cluster, "engine": Engine, "billing": Billing}
@@ -417,7 +417,9 @@ def _check_names(config: Config, merged: Mapping[toml_text.Path, Given]) -> None
         try:
             return check()
         except ValueError as error:
-            raise ConfigError(f"{error} ({_origins_below(path, merged)})") from None
+            section = len(path) == 1  # a rule over several keys
+            origin = _origin_of_rule(path, str(error), merged) if section else _origins_below(path, merged)
+            raise ConfigError(f"{error} ({origin})") from None
 
     table = checked(("cluster", "parameters"), lambda: Parameters(config.cluster.parameters))
     node_type = config.cluster.node_type
@@ -431,6 +433,7 @@ def _check_names(config: Config, merged: Mapping[toml_text.Path, Given]) -> None
     checked(("job", "max_response_tokens"), lambda: check_context(config.job))
     gpus = int(table.number(f"node.{node_type}.gpus"))
     checked(("engine", "tensor_parallel"), lambda: check_tensor_parallel(config.engine, node_type, gpus))
+    checked(("engine",), lambda: check_token_budget(config.engine))
 
 
 def check_context(job: Job) -> None:
@@ -449,6 +452,15 @@ def check_tensor_parallel(engine: Engine, node_type: str, gpus: int) -> None:
         raise ValueError(
             f"engine.tensor_parallel={engine.tensor_parallel} must divide the {gpus} GPUs of a {node_type}"
         )
+
+
+def check_token_budget(engine: Engine) -> None:
+    """Raise ValueError unless a full batch fits an engine's token budget, as vLLM demands."""
+    shipped, preset = shipped_parameters(), f"engine.{engine.preset}"
+    budget = engine.max_num_batched_tokens or shipped[f"{preset}.max_num_batched_tokens"].value
+    batch = engine.max_num_seqs or shipped[f"{preset}.max_num_seqs"].value
+    if float(budget) < float(batch):
+        raise ValueError(f"engine.max_num_batched_tokens={budget} must be at least engine.max_num_seqs={batch}")
 
 
 def _dotted(path: toml_text.Path) -> str:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeVar
 
 import simpy
 
@@ -16,13 +12,8 @@ from simrl.policies.contract import (
     ROLES,
     STAGES,
     Assign,
-    At,
-    CompletionRatio,
-    Completions,
     Decision,
-    Event,
     FinishedStep,
-    FunctionIdle,
     InvalidDecision,
     Learn,
     Migrate,
@@ -33,64 +24,24 @@ from simrl.policies.contract import (
     Release,
     Role,
     Stage,
-    StageFinished,
     Start,
     State,
     StepStarted,
     Subscribe,
     Sync,
-    Trigger,
-    UnfinishedBelow,
     Wake,
 )
 from simrl.simulator.cluster import GpuPool, Network
 from simrl.simulator.costs import Costs, DoesNotFit
 from simrl.simulator.engine import Request
-from simrl.simulator.function import Gang, Process, Rollout, SimFunction, World
+from simrl.simulator.function import Gang, Rollout, SimFunction, World
+from simrl.simulator.steps import StepState, StepWork, balanced_shares, deal_to_and_fro, total_tokens
+from simrl.simulator.triggers import Triggers, trigger_problem
 from simrl.simulator.view import View
 from simrl.traces.records import Recorder
 
-Card = TypeVar("Card")
-
-EPSILON = 1e-9  # responses; a ratio such as 0.7 of 10 must fire at the 7th
-
 IDLE_CALLS_BEFORE_STALL = 1000  # a policy may subscribe to At(...) and wait; it may not wait for ever
 """Times a policy may be asked while nothing runs and do nothing before it counts as stalled."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepWork:
-    """What nature has in store for a step: the prompts, and lengths that only the backend knows.
-
-    Attributes:
-        epoch: Pass over the data set.
-        prompt_ids: One a prompt.
-        prompt_tokens: One a prompt.
-        response_tokens: A row a prompt, a column a sample.
-        truncated: The same shape: the response ran into the cap.
-    """
-
-    epoch: int
-    prompt_ids: Sequence[int | str]
-    prompt_tokens: Sequence[int]
-    response_tokens: Sequence[Sequence[int]]
-    truncated: Sequence[Sequence[bool]]
-
-
-@dataclass(slots=True, eq=False)
-class StepState:
-    """An open step."""
-
-    step: int
-    epoch: int
-    prompts: tuple[Prompt, ...]
-    rollouts: list[Rollout]
-    started_s: float
-    unfinished: int
-    unprepared: int
-    learning: bool = False
-    spans: dict[Stage, tuple[float, float]] = field(default_factory=dict)
-    fired: set[Trigger] = field(default_factory=set)
 
 
 class SimulatedBackend:
@@ -119,8 +70,9 @@ class SimulatedBackend:
     # --- the Backend protocol ---
 
     def reset(self) -> View:
-        """Begin the job at time 0 with an empty cluster."""
+        """Begin the job at time 0 with an empty cluster and an empty record."""
         costs = self.costs
+        self._recorder.clear()
         self.env = simpy.Environment()
         self.pool = GpuPool(self.env, costs.nodes, costs.node)
         self.network = Network(self.env, self.pool.nodes, costs)
@@ -134,18 +86,13 @@ class SimulatedBackend:
         )
         self.unassigned: dict[int, None] = {}
         self.unprepared: dict[int, None] = {}
-        self._subscriptions: dict[Trigger, None] = {}
-        self._every: list[Completions] = []
-        self._below: list[UnfinishedBelow] = []
-        self._ratios: dict[str | None, list[CompletionRatio]] = {}  # by function; None: over all
-        self._events: list[Event] = []
+        self.triggers = Triggers(self.env)
         self._planned: dict[str, str] = {}  # awake | parked | gone, once queued tasks are done
         self._parked_bytes: dict[str, float] = {}  # in host memory
         self._learner_gpus = 0
         self.planned_version: dict[str, int] = {}
         self._learned: dict[int, simpy.Event] = {}
         self._shards_placed = False
-        self._completions = 0
         self._next_step = 0
         self._idle_calls = 0
         self._over = False
@@ -163,7 +110,7 @@ class SimulatedBackend:
         self._check_memory(decisions)
         self._check_progress(decisions)
         try:
-            while not self._events and not self._over:
+            while not self.triggers.events and not self._over:
                 self.env.step()
         except simpy.core.EmptySchedule:
             raise PolicyStalled(self._stall_report()) from None
@@ -176,8 +123,7 @@ class SimulatedBackend:
         return self._observe()
 
     def _observe(self) -> View:
-        events, self._events = tuple(self._events), []
-        self._view = View(self, events)
+        self._view = View(self, self.triggers.take_events())
         self._asked_wall_s = time.perf_counter()
         return self._view
 
@@ -250,7 +196,7 @@ class SimulatedBackend:
         for rollout in rollouts:
             self.rollouts[rollout.request.response_id] = rollout
         self.unassigned.update(dict.fromkeys(range(first_id, first_id + total)))
-        self._events.append(StepStarted(step, state.prompts))
+        self.triggers.events.append(StepStarted(step, state.prompts))
 
     def _close_step(self, state: StepState) -> None:
         record = self._recorder
@@ -286,14 +232,9 @@ class SimulatedBackend:
 
     # --- what functions report (Listener) ---
 
-    def ready(self, function: SimFunction) -> None:
-        """Fresh weights came with the start."""
-
     def idle(self, function: SimFunction, after: str) -> None:
         """Tell those who asked."""
-        asked = (FunctionIdle(name, what) for name in (None, function.name) for what in (None, after))
-        if any(trigger in self._subscriptions for trigger in asked):
-            self._events.append(FunctionIdle(function.name, after))
+        self.triggers.idle(function.name, after)
 
     def generating(self, steps: set[int]) -> None:
         """Generation of these steps has begun."""
@@ -333,36 +274,8 @@ class SimulatedBackend:
         for step, state in touched.items():
             if not state.unfinished:
                 self.stage_active("generation", step, now)
-                self._stage_finished("generation", step)
-        if self._every or self._below or self._ratios:
-            self._completion_triggers(len(requests), touched, function)
-
-    def _completion_triggers(self, count: int, steps: Iterable[int], function: SimFunction) -> None:
-        before, self._completions = self._completions, self._completions + count
-        for every in self._every:
-            if before // every.every != self._completions // every.every:
-                self._events.append(every)
-        self._fire_unfinished_below()
-        for step in steps:
-            state = self.steps[step]
-            for ratio in self._ratios.get(None, ()):
-                if state.unfinished <= (1 - ratio.ratio) * len(state.rollouts) + EPSILON:
-                    self._fire_once(state, ratio)
-            for ratio in self._ratios.get(function.name, ()):
-                assigned = function.assigned_by_step[step]
-                if function.unfinished_by_step[step] <= (1 - ratio.ratio) * assigned + EPSILON:
-                    self._fire_once(state, ratio)
-
-    def _fire_unfinished_below(self) -> None:
-        oldest = next(iter(self.steps.values()), None)
-        for below in self._below:
-            if oldest is not None and oldest.unfinished < below.count:
-                self._fire_once(oldest, below)
-
-    def _fire_once(self, state: StepState, trigger: Trigger) -> None:
-        if trigger not in state.fired:
-            state.fired.add(trigger)
-            self._events.append(trigger)
+                self.triggers.stage_finished("generation", step)
+        self.triggers.completed(len(requests), self.steps, touched.values(), function)
 
     def prepared(self, rollouts: Sequence[Rollout]) -> None:
         """Book prepared responses."""
@@ -371,12 +284,12 @@ class SimulatedBackend:
             state = self.steps[rollout.step]
             state.unprepared -= 1
             if not state.unprepared:
-                self._stage_finished("preparation", rollout.step)
+                self.triggers.stage_finished("preparation", rollout.step)
 
     def learned(self) -> None:
         """The oldest learning step is done: its weights are the newest, and further steps may open."""
         state = next(state for state in self.steps.values() if state.learning)
-        self._stage_finished("learning", state.step)
+        self.triggers.stage_finished("learning", state.step)
         self.version += 1
         self._close_step(state)
         if self._on_step is not None:
@@ -384,12 +297,9 @@ class SimulatedBackend:
         self._learned[self.version].succeed()
         self._over = self.version == self.job.steps
         if not self._over:
-            self._fire_unfinished_below()  # the step that is now the oldest may have been below before
+            # The step that is now the oldest may have been below before.
+            self.triggers.fire_unfinished_below(self.steps)
             self._open_steps()
-
-    def _stage_finished(self, stage: Stage, step: int) -> None:
-        if StageFinished(stage) in self._subscriptions:
-            self._events.append(StageFinished(stage, step))
 
     # --- decisions ---
 
@@ -613,26 +523,10 @@ class SimulatedBackend:
             function.add_task(function.sync(gang, newest, self._next_step - 1))
 
     def _subscribe(self, decision: Subscribe) -> None:
-        trigger = decision.trigger
-        problem = _trigger_problem(trigger)
+        problem = trigger_problem(decision.trigger)
         if problem:
             raise InvalidDecision(decision, *problem)
-        if trigger in self._subscriptions:
-            return
-        self._subscriptions[trigger] = None
-        match trigger:
-            case Completions():
-                self._every.append(trigger)
-            case UnfinishedBelow():
-                self._below.append(trigger)
-            case CompletionRatio():
-                self._ratios.setdefault(trigger.function, []).append(trigger)
-        if isinstance(trigger, At):
-            self.env.process(self._alarm(trigger))
-
-    def _alarm(self, trigger: At) -> Process:
-        yield self.env.timeout(max(trigger.time_s - self.env.now, 0.0))
-        self._events.append(trigger)
+        self.triggers.subscribe(decision.trigger)
 
     _HANDLERS: Mapping[type, Callable[..., None]] = MappingProxyType({
         Start: _start, Park: _park, Wake: _wake, Release: _release, Assign: _assign, Migrate: _migrate,
@@ -658,51 +552,6 @@ class _Unfinished(Mapping[int, Rollout]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def total_tokens(rollout: Rollout) -> int:
-    """Prompt and response tokens of a finished response."""
-    return rollout.request.prompt_tokens + rollout.request.generated
-
-
-def balanced_shares(rollouts: Sequence[Rollout], weights: Sequence[int]) -> list[list[Rollout]]:
-    """Responses dealt out so that token loads are near-proportional to *weights*: longest first, to and fro.
-
-    verl balances with Karmarkar-Karp; over the hundreds of responses of a step both come within a few tokens.
-    """
-    order = sorted(rollouts, key=total_tokens, reverse=True)
-    hands = deal_to_and_fro(order, sum(weights))
-    ends = list(itertools.accumulate(weights))
-    return [list(itertools.chain(*hands[end - weight : end])) for end, weight in zip(ends, weights, strict=True)]
-
-
-def deal_to_and_fro(cards: Sequence[Card], hands: int) -> list[list[Card]]:
-    """Deal *cards* to hands 0, 1, ... n, n, ... 1, 0, 0, 1, ...: what the first gets more once, it gets less next."""
-    there, back = 2 * hands, range(2 * hands - 1, hands - 1, -1)
-    return [[*cards[hand::there], *cards[turn::there]] for hand, turn in zip(range(hands), back, strict=True)]
-
-
-def _trigger_problem(trigger: object) -> tuple[str, str] | None:
-    """Why a trigger cannot fire, and what is allowed; None when it is fine."""
-    match trigger:
-        case CompletionRatio(ratio=ratio) if not 0 < ratio <= 1:
-            return f"ratio {ratio}", "0 < ratio <= 1"
-        case Completions(every=every) if every < 1:
-            return f"every {every} responses", "every >= 1"
-        case UnfinishedBelow(count=count) if count < 1:
-            return f"fewer than {count} responses", "count >= 1"
-        case StageFinished(stage=stage) if stage not in STAGES:
-            return f"stage {stage!r}", ", ".join(STAGES)
-        case StageFinished(step=int(step)):
-            return f"step {step}", "step=None: the event names the step"
-        case At(time_s=time_s) if not -math.inf < time_s < math.inf:
-            return f"time {time_s}", "a finite time"
-        case FunctionIdle() | CompletionRatio() | UnfinishedBelow() | Completions() | StageFinished() | At():
-            return None
-    return (
-        f"{trigger!r} is not a trigger",
-        "FunctionIdle, CompletionRatio, UnfinishedBelow, Completions, StageFinished, At",
-    )
 
 
 def _some(names: Sequence[object]) -> str:

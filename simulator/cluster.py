@@ -34,7 +34,7 @@ class _Waiting:
 class GpuPool:
     """Leases of whole GPUs, all GPUs of a lease on one node, first come first served.
 
-    A request for a certain node does not hold up requests that other nodes can serve.
+    A request that waits holds up later ones for the nodes that it could be served by, and no others.
     """
 
     def __init__(self, env: simpy.Environment, nodes: int, node_type: NodeType) -> None:
@@ -58,19 +58,18 @@ class GpuPool:
 
     def _grant(self) -> None:
         still: deque[_Waiting] = deque()
+        taken: set[int] = set()  # nodes that an earlier request waits for
         while self._queue:
             waiting = self._queue.popleft()
-            state = self._place(waiting)
+            wanted = [n for n in self.nodes if waiting.node in (None, n.index) and n.index not in taken]
+            state = next((n for n in wanted if len(n.free) >= waiting.gpus), None)
             if state is None:
                 still.append(waiting)
+                taken.update(node.index for node in wanted)
                 continue
             gpu_ids, state.free = tuple(state.free[: waiting.gpus]), state.free[waiting.gpus :]
             waiting.granted.succeed((state.index, gpu_ids))
         self._queue = still
-
-    def _place(self, waiting: _Waiting) -> NodeState | None:
-        candidates = self.nodes if waiting.node is None else [self.nodes[waiting.node]]
-        return next((state for state in candidates if len(state.free) >= waiting.gpus), None)
 
 
 class Network:

@@ -319,16 +319,19 @@ class Costs:
         return self._parameters.number("switch.engine_wake_s") + self.host_move_s(resident)
 
     def switch_s(self, old: Role | None, new: Role, learner_world: int | None) -> float:
-        """Changing the awake role. Prefill and decode share an engine, prepare and learn a trainer."""
+        """Changing the awake role. Prefill and decode share an engine, prepare and learn a trainer.
+
+        After a start or a wake (*old* is None) both are ready.
+        """
         engine_before, engine_after = (role in ("prefill", "decode") for role in (old, new))
-        if old is not None and engine_before == engine_after:
-            return 0.0
         offload_s = 0.0
-        if self.job.learner_offload and learner_world is not None and not (old is None and engine_after):
+        if self.job.learner_offload and learner_world is not None:
             offload_s = self.host_move_s(self.learner_bytes(learner_world))
-        if engine_after:
-            return self._parameters.number("switch.engine_wake_s") + offload_s
-        return (self._parameters.number("switch.engine_sleep_s") if engine_before else 0.0) + offload_s
+        if old is None:
+            return 0.0 if engine_after else offload_s
+        if engine_before == engine_after:
+            return 0.0
+        return self._parameters.number("switch.engine_wake_s" if engine_after else "switch.engine_sleep_s") + offload_s
 
     def start_phases(self, gpus: int, roles: Sequence[Role], *, cached: bool) -> dict[str, float]:
         """Expected seconds of each phase of a cold start; *cached*: the node has the weights on its disk."""

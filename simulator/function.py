@@ -80,9 +80,6 @@ class Gang:
 class Listener(Protocol):
     """Whom a function tells what happened."""
 
-    def ready(self, function: SimFunction) -> None:
-        """It holds GPUs and its engine, if it has one, is there."""
-
     def idle(self, function: SimFunction, after: str) -> None:
         """It has nothing to do."""
 
@@ -274,7 +271,6 @@ class SimFunction:
         if {"prefill", "decode"} & set(self.roles):
             self.engine = self._new_engine()
         self.ready.succeed()
-        world.listener.ready(self)
 
     def learner_world(self) -> int | None:
         """GPUs that share the learner's state with this function; None when it has no part in it."""
@@ -452,6 +448,7 @@ class SimFunction:
 
     def park(self) -> Process:
         """A task: give the GPUs back, keep the process in host memory."""
+        self.state = State.BUSY
         yield from self._sent()
         yield from self._cold(self.world.costs.park_s(self.gpus, self.roles, self.learner_world()))
         self._let_go()

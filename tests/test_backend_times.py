@@ -337,7 +337,7 @@ def test_intervals_tell_state_role_and_stage() -> None:
     workers = tell(make(steps), steps, script)[1].frames().workers
     rows = workers[["state", "role", "stage"]].astype(object).where(workers[["state", "role", "stage"]].notna(), None)
     assert list(rows.itertuples(index=False, name=None)) == [
-        ("cold", None, None), ("cold", None, None),  # start, then the engine's waking
+        ("cold", None, None),  # the start leaves the engine awake
         ("busy", "decode", "generation"), ("idle", "decode", "generation"),
         ("cold", "decode", None),  # the engine goes to sleep
         ("busy", "prepare", "preparation"), ("busy", "learn", "learning"),

@@ -197,6 +197,11 @@ def test_policies_of_a_comparison_share_parameters():
             "engine.tensor_parallel=3 must divide the 8 GPUs of a g6e.48xlarge (--set engine.tensor_parallel=3)",
         ),
         (
+            {"sets": ["engine.max_num_batched_tokens=512"]},
+            "engine.max_num_batched_tokens=512 must be at least engine.max_num_seqs=1024"
+            " (--set engine.max_num_batched_tokens=512)",
+        ),
+        (
             {"preset": "paper-simulated", "sets": ["job.max_response_tokens=4000"]},
             "must be at most 4096, the context of llama-2-70b (--set job.max_response_tokens=4000)",
         ),

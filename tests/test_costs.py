@@ -251,6 +251,17 @@ def test_all_gpus_of_a_lease_are_on_one_node() -> None:
     assert not gpus.lease(5, None).triggered  # 2 + 4 are free, on two nodes
 
 
+def test_a_large_lease_is_not_overtaken_for_ever_by_small_ones() -> None:
+    gpus = pool()
+    gpus.lease(6, 0), gpus.lease(6, 1)
+    large = gpus.lease(4, None)
+    small = gpus.lease(2, None)
+    assert not small.triggered  # 2 + 2 are free, but the large one came first
+    gpus.give_back(1, (0, 1))
+    assert large.value == (1, (0, 1, 6, 7))
+    assert small.value == (0, (6, 7))
+
+
 def test_leases_are_granted_in_order() -> None:
     gpus = pool(1)
     gpus.lease(8, None)

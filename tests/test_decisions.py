@@ -396,7 +396,7 @@ def test_a_function_says_after_what_it_is_idle() -> None:
 
 
 def test_idleness_can_be_asked_for_by_what_was_done() -> None:
-    assert idle_events(FunctionIdle(after="synced")) == [("b", "synced"), ("d", "synced")]
+    assert sorted(idle_events(FunctionIdle(after="synced"))) == [("b", "synced"), ("d", "synced")]
     assert idle_events(FunctionIdle("a", "woken")) == [("a", "woken")]
 
 

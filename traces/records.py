@@ -41,6 +41,11 @@ class Recorder:
     workers: list[tuple[object, ...]] = field(default_factory=list)
     decisions: list[tuple[object, ...]] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        for rows in (self.samples, self.phases, self.workers, self.decisions):
+            rows.clear()
+
     def frames(self) -> Frames:
         """The rows as data frames."""
         return Frames(

@@ -293,13 +293,13 @@ class Estimates(Protocol):
         """Prefill of *tokens* prompt tokens."""
 
     def flat_batch(self, gpus: int) -> int:
-        """Largest batch at which decode latency is still flat."""
+        """Largest batch at which decode latency is still flat, at the mean context of the responses so far."""
 
     def kv_tokens(self, gpus: int, roles: tuple[Role, ...]) -> int:
         """Tokens whose KV fits in a function's engine."""
 
-    def transfer_s(self, tokens: int, *, same_node: bool) -> float:
-        """Sending the KV of *tokens* tokens over an unloaded link."""
+    def transfer_s(self, tokens: int, gpus: int, *, same_node: bool) -> float:
+        """Sending the KV of *tokens* tokens between functions of *gpus* GPUs over an unloaded link."""
 
     def start_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
         """Expected cold start once GPUs are free."""

@@ -102,6 +102,7 @@ class RLHFless:
         self.pending_starts: dict[str, Start] = {}  # decode-only functions, started when first wanted
         self.actors: list[str] = []  # generating in this step and not cut
         self.parked: set[str] = set()
+        self.promised: dict[str, int] = {}  # free slots given away in this call, which observations cannot show
         self.generation_ends_s = 0.0  # predicted
         self.wake_at_s = math.inf
         self.began_s = self.predicted_s = 0.0
@@ -113,6 +114,7 @@ class RLHFless:
     def decide(self, observation: Observation) -> Sequence[Decision]:
         """Answer each event in turn."""
         decisions: list[Decision] = []
+        self.promised = {}
         if not self.functions:
             decisions += self.set_up(observation)
         for event in observation.events:
@@ -133,6 +135,10 @@ class RLHFless:
 
     def set_up(self, observation: Observation) -> list[Decision]:
         """Start the learner's functions; remember where decode-only ones could be started."""
+        if observation.job.max_staleness:
+            raise ValueError(
+                f"job.max_staleness={observation.job.max_staleness} must be 0: rlhfless plans one step at a time"
+            )
         places = start_everywhere(observation, LEARNER)
         if self.params.learner_gpus is not None:
             count = self.params.learner_gpus // observation.engine.tensor_parallel
@@ -188,14 +194,18 @@ class RLHFless:
         if function not in self.actors or not left or not self.generating:
             return []
         others = [observation.functions[name] for name in self.actors if name != function]
-        others = sorted((o for o in others if o.num_unfinished), key=lambda o: o.free_slots, reverse=True)
-        if sum(other.free_slots for other in others) < len(left):
+        room = {other.name: other.free_slots - self.promised.get(other.name, 0) for other in others}
+        targets = sorted((other.name for other in others if other.num_unfinished), key=room.__getitem__, reverse=True)
+        if sum(max(room[name], 0) for name in targets) < len(left) or function in self.promised:
             return []
         moves: list[Decision] = []
-        for other in others:
-            taken, left = left[: other.free_slots], left[other.free_slots :]
+        for name in targets:
+            taken, left = left[: room[name]], left[room[name] :]
             if taken:
-                moves.append(Migrate(taken, other.name))
+                moves.append(Migrate(taken, name))
+                self.promised[name] = self.promised.get(name, 0) + len(taken)
+            if not left:
+                break
         return [*moves, *self.park(observation, [function])]
 
     def finish_generation(self, observation: Observation) -> list[Decision]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -34,14 +35,14 @@ from simrl.policies.contract import (
 from simrl.simulator.cluster import GpuPool, Network
 from simrl.simulator.costs import Costs, DoesNotFit
 from simrl.simulator.engine import Request
-from simrl.simulator.function import Gang, Rollout, SimFunction, World
+from simrl.simulator.function import Gang, Rollout, SimFunction
 from simrl.simulator.steps import StepState, StepWork, balanced_shares, deal_to_and_fro, total_tokens
 from simrl.simulator.triggers import Triggers, trigger_problem
 from simrl.simulator.view import View
 from simrl.traces.records import Recorder
 
-IDLE_CALLS_BEFORE_STALL = 1000  # a policy may subscribe to At(...) and wait; it may not wait for ever
-"""Times a policy may be asked while nothing runs and do nothing before it counts as stalled."""
+CALLS_BEFORE_STALL = 1000  # a policy may subscribe to At(...) and wait; it may not wait for ever
+"""Times a policy may be asked in a row with nothing running, or at one and the same moment, before it is stalled."""
 
 
 class SimulatedBackend:
@@ -64,7 +65,7 @@ class SimulatedBackend:
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         self.costs, self.job = costs, costs.job
-        self._work, self._recorder, self._seed, self._on_step = work, recorder, seed, on_step
+        self._work, self.recorder, self.seed, self._on_step = work, recorder, seed, on_step
         self.policy_wall_s = 0.0
 
     # --- the Backend protocol ---
@@ -72,7 +73,7 @@ class SimulatedBackend:
     def reset(self) -> View:
         """Begin the job at time 0 with an empty cluster and an empty record."""
         costs = self.costs
-        self._recorder.clear()
+        self.recorder.clear()
         self.env = simpy.Environment()
         self.pool = GpuPool(self.env, costs.nodes, costs.node)
         self.network = Network(self.env, self.pool.nodes, costs)
@@ -81,9 +82,6 @@ class SimulatedBackend:
         self.rollouts: dict[int, Rollout] = {}
         self.history: list[FinishedStep] = []
         self.version = 0
-        self._world = World(
-            self.env, costs, self.pool, self.network, self._recorder, self._seed, self, self.learner_world
-        )
         self.unassigned: dict[int, None] = {}
         self.unprepared: dict[int, None] = {}
         self.triggers = Triggers(self.env)
@@ -94,7 +92,9 @@ class SimulatedBackend:
         self._learned: dict[int, simpy.Event] = {}
         self._shards_placed = False
         self._next_step = 0
-        self._idle_calls = 0
+        self._idle_calls = self._frozen_calls = 0
+        self._asked_at_s = -1.0
+        self._finished_context, self._finished_responses = 0.0, 0
         self._over = False
         self._open_steps()
         return self._observe()
@@ -152,7 +152,9 @@ class SimulatedBackend:
         holding = (f for f in self.functions.values() if f.gpu_ids)  # the others wait for GPUs
         running = any(f.state in (State.BUSY, State.STARTING) for f in holding)
         self._idle_calls = 0 if acted or running else self._idle_calls + 1
-        if self._idle_calls > IDLE_CALLS_BEFORE_STALL:
+        self._frozen_calls = self._frozen_calls + 1 if self.env.now == self._asked_at_s else 0
+        self._asked_at_s = self.env.now
+        if max(self._idle_calls, self._frozen_calls) > CALLS_BEFORE_STALL:
             raise PolicyStalled(self._stall_report())
 
     def _stall_report(self) -> str:
@@ -199,7 +201,7 @@ class SimulatedBackend:
         self.triggers.events.append(StepStarted(step, state.prompts))
 
     def _close_step(self, state: StepState) -> None:
-        record = self._recorder
+        record = self.recorder
         for rollout in state.rollouts:
             request = rollout.request
             record.samples.append((
@@ -225,6 +227,8 @@ class SimulatedBackend:
             ended_s=self.env.now,
         )
         self.history.append(finished)
+        self._finished_context += sum(r.request.prompt_tokens + r.request.generated / 2 for r in state.rollouts)
+        self._finished_responses += len(lengths)
         del self.steps[state.step]
         for function in self.functions.values():
             function.assigned_by_step.pop(state.step, None)
@@ -283,8 +287,11 @@ class SimulatedBackend:
             rollout.prepared_s = self.env.now
             state = self.steps[rollout.step]
             state.unprepared -= 1
-            if not state.unprepared:
-                self.triggers.stage_finished("preparation", rollout.step)
+        # In the order of the steps, as `Learn` takes the oldest.
+        for state in itertools.takewhile(lambda state: not state.unprepared, self.steps.values()):
+            if not state.prepared:
+                state.prepared = True
+                self.triggers.stage_finished("preparation", state.step)
 
     def learned(self) -> None:
         """The oldest learning step is done: its weights are the newest, and further steps may open."""
@@ -310,7 +317,7 @@ class SimulatedBackend:
             raise InvalidDecision(decision, "it is not a decision", names)
         handler(self, decision)
         if not isinstance(decision, Subscribe):
-            self._recorder.decisions.append(self._decision_row(decision))
+            self.recorder.decisions.append(self._decision_row(decision))
 
     def _decision_row(self, decision: Decision) -> tuple[object, ...]:
         functions = getattr(decision, "functions", None) or (getattr(decision, "function", None) or decision.target,)  # type: ignore[union-attr]
@@ -321,6 +328,13 @@ class SimulatedBackend:
         }.get(type(decision), lambda d: "")(decision)
         responses = len(getattr(decision, "responses", ()))
         return (self.env.now, self._next_step - 1, type(decision).__name__, ",".join(functions), responses, detail)
+
+    def typical_context(self) -> float:
+        """Mean tokens of a response in mid-generation: as observed, and from the cap before the first step is over."""
+        if self._finished_responses:
+            return self._finished_context / self._finished_responses
+        prompts = next(iter(self.steps.values())).prompts
+        return sum(prompt.tokens for prompt in prompts) / len(prompts) + self.job.max_response_tokens / 8
 
     def learner_world(self) -> int:
         """GPUs over which the learner's state is sharded."""
@@ -361,18 +375,18 @@ class SimulatedBackend:
             raise InvalidDecision(
                 decision, "the learner's shards are placed", "roles without learn after the first Learn"
             )
-        function = SimFunction(self._world, decision.function, decision.gpus, decision.roles, decision.node)
-        function.version = self.version  # a start loads the newest weights
+        function = SimFunction(self, decision.function, decision.gpus, decision.roles, decision.node)
         self.functions[decision.function] = function
         self._learner_gpus += decision.gpus if "learn" in decision.roles else 0
         self._planned[decision.function] = "awake"
-        self.planned_version[decision.function] = self.version
+        self.planned_version[decision.function] = 0  # a start loads what is on disk
 
     def _park(self, decision: Park) -> None:
         function = self._function(decision, decision.function)
         if self._planned[decision.function] == "parked":
             raise InvalidDecision(decision, f"{decision.function!r} is parked already", "a function that is awake")
-        host = sum(size for name, size in self._parked_bytes.items() if self.functions[name].node == function.node)
+        there = [size for name, size in self._parked_bytes.items() if self._place(name) == self._place(function.name)]
+        host = sum(there) if self._place(function.name) is not None else 0.0
         here = function.gpus * self.costs.resident_bytes(function.gpus, function.roles, function.learner_world())
         has = self.costs.node.host_memory_bytes
         if host + here > has:
@@ -381,6 +395,11 @@ class SimulatedBackend:
         self._parked_bytes[decision.function] = here
         self._planned[decision.function] = "parked"
         function.add_task(function.park())
+
+    def _place(self, name: str) -> int | None:
+        """The node that a function is on or has asked for; None while the backend has not chosen one."""
+        function = self.functions[name]
+        return function.wanted_node if function.node is None else function.node
 
     def _wake(self, decision: Wake) -> None:
         function = self._function(decision, decision.function)
@@ -515,12 +534,19 @@ class SimulatedBackend:
         behind = [function for function in functions if self.planned_version[function.name] < newest]
         if not behind:
             return
+        others = [f for name, f in self.functions.items() if "learn" in f.roles and self._planned[name] != "gone"]
+        senders = [function for function in others if function not in behind]
+        parked = [function.name for function in senders if self._planned[function.name] == "parked"]
+        if parked:
+            raise InvalidDecision(decision, f"learners {_some(parked)} are parked", "Wake them: they hold the weights")
         gpus = min(function.gpus for function in behind)
         seconds = self.costs.sync_s(gpus, self.costs.nodes)
-        gang = Gang(len(behind), self.env.event(), seconds, self._learned.get(newest))
+        gang = Gang(len(behind) + len(senders), self.env.event(), seconds, self._learned.get(newest))
         for function in behind:
             self.planned_version[function.name] = newest
-            function.add_task(function.sync(gang, newest, self._next_step - 1))
+            function.add_task(function.sync(gang, self._next_step - 1))
+        for function in senders:
+            function.add_task(function.send_weights(gang, self._next_step - 1))
 
     def _subscribe(self, decision: Subscribe) -> None:
         problem = trigger_problem(decision.trigger)

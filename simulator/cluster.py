@@ -21,7 +21,6 @@ class NodeState:
     sends_until_s: float = 0.0
     receives_until_s: float = 0.0
     weights_cached: simpy.Event | None = None  # on its disk, once this has happened
-    host_bytes: float = 0.0  # taken by parked functions
 
 
 @dataclass(slots=True)
@@ -78,12 +77,15 @@ class Network:
     def __init__(self, env: simpy.Environment, nodes: list[NodeState], costs: Costs) -> None:
         self.env, self.nodes, self.costs = env, nodes, costs
 
-    def send(self, source: int, target: int, kv_tokens: int) -> simpy.Event:
-        """A transfer that begins now, or when both NICs have finished what they were given before."""
+    def send(self, source: int, target: int, kv_tokens: int, gpus: int) -> simpy.Event:
+        """A transfer that begins now, or when both NICs have finished what they were given before.
+
+        *gpus* is the size of the smaller of the two functions.
+        """
         if source == target:
-            return self.env.timeout(self.costs.transfer_s(kv_tokens, same_node=True))
+            return self.env.timeout(self.costs.transfer_s(kv_tokens, gpus, same_node=True))
         sender, receiver = self.nodes[source], self.nodes[target]
         start_s = max(self.env.now, sender.sends_until_s, receiver.receives_until_s)
-        end_s = start_s + self.costs.transfer_s(kv_tokens, same_node=False)
+        end_s = start_s + self.costs.transfer_s(kv_tokens, gpus, same_node=False)
         sender.sends_until_s = receiver.receives_until_s = end_s - self.costs.latency_s
         return self.env.timeout(end_s - self.env.now)

@@ -82,7 +82,7 @@ class Costs:
         self.kv_token_bytes = float(self.model.kv_bytes_per_token())
         self._forward_flops = 2.0 * self.model.parameters
         self.times = functools.cache(self._times)
-        self.flat_batch = functools.cache(self._flat_batch)
+        self._flat_batch = functools.cache(self._compute_flat_batch)
 
     def _option(self, name: str) -> float:
         """An engine option: the user's, else the preset's."""
@@ -132,16 +132,18 @@ class Costs:
             overhead_s=overhead_s,
         )
 
-    def _flat_batch(self, gpus: int) -> int:
-        """Largest batch at which decode latency counts as flat, on *gpus* GPUs at the job's typical context."""
-        context = (self.job.max_prompt_tokens + self.job.max_response_tokens) / 2
+    def flat_batch(self, gpus: int, context: float) -> int:
+        """Largest batch at which decode latency counts as flat, on *gpus* GPUs at a mean context, in steps of 64."""
+        return self._flat_batch(gpus, 64 * math.ceil(context / 64))
+
+    def _compute_flat_batch(self, gpus: int, context: int) -> int:
         tolerance = self._parameters.number("serving.flat_tolerance")
         return min(self.times(gpus).flat_batch(context, tolerance), self.max_num_seqs)
 
     # --- memory, bytes a GPU ---
 
     def learner_bytes(self, world: int) -> float:
-        """The learner's resident state on each of *world* GPUs: master weights, optimizer and gradients.
+        """The learner's resident state on each of *world* GPUs: master weights and optimizer.
 
         The reference model waits in host memory, as in verl's examples; PPO has a critic of the actor's size.
         """
@@ -149,8 +151,9 @@ class Costs:
         return trained * self._parameters.number("learner.bytes_per_parameter") * self.model.parameters / world
 
     def learning_bytes(self, world: int) -> float:
-        """What a GPU holds while it learns."""
-        return self.learner_bytes(world) + self._parameters.number("serving.workspace_bytes_per_gpu")
+        """What a GPU holds while it learns: with gradients."""
+        gradients = self._parameters.number("learner.gradient_bytes_per_parameter") * self.model.parameters / world
+        return self.learner_bytes(world) + gradients + self._parameters.number("serving.workspace_bytes_per_gpu")
 
     def preparing_bytes(self, gpus: int, learner_world: int | None) -> float:
         """What a GPU holds while it prepares: one model in bf16 beside the learner's state."""
@@ -171,10 +174,12 @@ class Costs:
     def kv_bytes(self, gpus: int, learner_world: int | None) -> float:
         """KV memory of each GPU of an engine: its share of the GPU, less weights, activations and a resident learner.
 
-        A colocated engine takes the preset's share, one that has its GPUs to itself vLLM's default of 0.9.
+        A colocated engine takes the preset's share, one that has its GPUs to itself vLLM's default of 0.9; a share that
+        the user sets holds for both.
         """
         memory = self.node.gpu_memory_bytes
-        share = self._utilization if learner_world is not None else max(self._utilization, 0.9)
+        alone = learner_world is None and self.engine.gpu_memory_utilization is None
+        share = max(self._utilization, 0.9) if alone else self._utilization
         activations = self._parameters.number("serving.activation_bytes_per_gpu")
         by_share = share * memory - self.weight_bytes / gpus - activations
         return min(by_share, 0.98 * memory - self.engine_bytes(gpus, learner_world))
@@ -242,21 +247,22 @@ class Costs:
         rate = self._parameters.number(f"gpu.{gpu}.peak_flops") * self._parameters.number(f"gpu.{gpu}.forward_mfu")
         return tokens * self._token_flops(mean_tokens / 2) / (rate * gpus)
 
-    def prepare_s(self, tokens: int, responses: int, gpus: int) -> float:
+    def prepare_s(self, tokens: int, responses: int, gpus: int, *, loaded: bool = False) -> float:
         """Log-probs (values) and rule rewards of *responses* with *tokens* tokens, on one function of *gpus* GPUs.
 
-        Models other than the engine's own come over the host link; rewards are scored on CPU cores meanwhile.
+        Models other than the engine's own come over the host link, unless they are *loaded* from the task before;
+        rewards are scored on CPU cores meanwhile.
         """
         if not responses:
             return 0.0
         passes = self._passes("prepare")
-        loads = (passes - 1) * self.weight_bytes / gpus / self.node.host_bytes_per_s
+        loads = 0.0 if loaded else (passes - 1) * self.weight_bytes / gpus / self.node.host_bytes_per_s
         reward_s = self._parameters.number("learner.rule_reward_s") * responses
         reward_s /= self._parameters.number("learner.reward_workers")
         return max(passes * self.forward_s(tokens, gpus, tokens / responses) + loads, reward_s)
 
     def learn_s(self, rank_tokens: int, mean_tokens: float, gpus: int, nodes: int) -> float:
-        """Forward, backward and optimizer step; *rank_tokens* is the load of the slowest of *gpus* FSDP ranks.
+        """Forward, backward and an optimizer step a mini-batch; *rank_tokens* is the slowest FSDP rank's load.
 
         Three forward passes' worth of FLOPs, as MFU counts them: what checkpointing recomputes lowers the MFU.
         Communication overlaps with computing; the longer of the two counts.
@@ -264,10 +270,13 @@ class Costs:
         gpu = self.node.gpu
         rate = self._parameters.number(f"gpu.{gpu}.peak_flops") * self._parameters.number(f"gpu.{gpu}.learn_mfu")
         compute_s = 3 * rank_tokens * self._token_flops(mean_tokens / 2) / rate
-        micro_batches = max(1, math.ceil(rank_tokens / self._parameters.number("learner.micro_batch_tokens")))
+        updates = math.ceil(self.job.prompts_per_step / self.job.mini_batch_prompts)
+        micro_batches = updates * math.ceil(
+            rank_tokens / updates / self._parameters.number("learner.micro_batch_tokens")
+        )
         # All-gather for forward and for backward, then reduce-scatter.
         comm_s = 3 * micro_batches * self._collective_s(self.weight_bytes, gpus, nodes)
-        return self._passes("learn") * (max(compute_s, comm_s) + self._optimizer_s(gpus))
+        return self._passes("learn") * (max(compute_s, comm_s) + updates * self._optimizer_s(gpus))
 
     def _collective_s(self, size_bytes: float, gpus: int, nodes: int) -> float:
         """A ring all-gather or reduce-scatter of *size_bytes* over *gpus* GPUs: its slowest link sets the pace."""
@@ -280,8 +289,15 @@ class Costs:
 
     def _optimizer_s(self, gpus: int) -> float:
         """Adam reads and writes its state once."""
-        state = self._parameters.number("learner.bytes_per_parameter") * self.model.parameters / gpus
-        return 2 * state / self._parameters.number(f"gpu.{self.node.gpu}.memory_bytes_per_s")
+        per_parameter = self._parameters.number("learner.bytes_per_parameter")
+        per_parameter += self._parameters.number("learner.gradient_bytes_per_parameter")
+        return (
+            2
+            * per_parameter
+            * self.model.parameters
+            / gpus
+            / self._parameters.number(f"gpu.{self.node.gpu}.memory_bytes_per_s")
+        )
 
     # --- movement ---
 
@@ -291,12 +307,15 @@ class Costs:
         Every GPU takes in its share of the weights, every node's NIC one whole copy; the two are pipelined.
         """
         inside_s = self.weight_bytes / gpus / self.node.link_bytes_per_s
-        between_s = self.weight_bytes / self.node.nic_bytes_per_s if nodes > 1 else 0.0
+        between = min(self.node.nic_bytes_per_s, self._parameters.number("switch.sync_bytes_per_s"))
+        between_s = self.weight_bytes / between if nodes > 1 else 0.0
         return self._parameters.number("switch.sync_setup_s") + max(inside_s, between_s)
 
-    def transfer_s(self, kv_tokens: int, *, same_node: bool) -> float:
-        """The KV of *kv_tokens* tokens over an idle link."""
-        rate = self.node.link_bytes_per_s if same_node else self.node.nic_bytes_per_s
+    def transfer_s(self, kv_tokens: int, gpus: int, *, same_node: bool) -> float:
+        """The KV of *kv_tokens* tokens between functions of *gpus* GPUs: each GPU's link, or over the idle NIC."""
+        rate = gpus * self.node.link_bytes_per_s
+        if not same_node:
+            rate = min(gpus * self.node.host_bytes_per_s, self.node.nic_bytes_per_s)
         return self.latency_s + kv_tokens * self.kv_token_bytes / rate
 
     def host_move_s(self, bytes_per_gpu: float) -> float:
@@ -315,8 +334,10 @@ class Costs:
 
     def wake_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
         """Host to GPU: engine weights and the learner's state."""
-        resident = self.resident_bytes(gpus, roles, None if self.job.learner_offload else learner_world)
-        return self._parameters.number("switch.engine_wake_s") + self.host_move_s(resident)
+        engine = self.resident_bytes(gpus, roles, None)
+        state = 0.0 if learner_world is None or self.job.learner_offload else self.learner_bytes(learner_world)
+        # The measured wake-up of small models includes their weights.
+        return max(self._parameters.number("switch.engine_wake_s"), self.host_move_s(engine)) + self.host_move_s(state)
 
     def switch_s(self, old: Role | None, new: Role, learner_world: int | None) -> float:
         """Changing the awake role. Prefill and decode share an engine, prepare and learn a trainer.

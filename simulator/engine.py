@@ -102,18 +102,18 @@ class Engine:
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def kv_used(self) -> float:
-        """Used share of the KV blocks."""
-        return 1.0 - self.free_blocks / self.kv_blocks
+    def kv_used(self, iterations: int = 0) -> float:
+        """Used share of the KV blocks, after so many more decode iterations."""
+        return 1.0 - (self.free_blocks - self._growth(iterations)) / self.kv_blocks
 
     def add(self, request: Request) -> None:
         """Queue a request. KV that came with it (`kv_tokens`) need not be computed."""
         self.waiting.append(request)
 
-    def generated(self, request: Request) -> int:
-        """Tokens of *request* so far."""
+    def generated(self, request: Request, iterations: int = 0) -> int:
+        """Tokens of *request* after so many more decode iterations."""
         if request._decoding:
-            return request.target_tokens - (request._finish_tick - self._tick)
+            return request.target_tokens - (request._finish_tick - self._tick) + iterations
         return request.generated
 
     def forget_prefixes(self) -> None:
@@ -144,6 +144,15 @@ class Engine:
         context = self._context / self._batch
         iterations = min(max(self.times.iterations_until(self._batch, context, elapsed_s), 1), span.iterations)
         return Span(iterations, self.times.decode_span_s(self._batch, context, iterations))
+
+    def completed(self, span: Span, elapsed_s: float) -> int:
+        """Whole decode iterations of *span* that are over *elapsed_s* after its start."""
+        if self._chunks or not self._batch:
+            return 0
+        context = self._context / self._batch
+        iterations = min(self.times.iterations_until(self._batch, context, elapsed_s), span.iterations)
+        over = self.times.decode_span_s(self._batch, context, iterations) <= elapsed_s * (1 + 1e-12)
+        return iterations if over else iterations - 1
 
     def advance(self, iterations: int) -> list[Request]:
         """Carry out planned iterations; returns the requests that are complete now."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import simpy
 
 from simrl.policies.contract import Role, Stage, State
-from simrl.simulator.cluster import GpuPool, Network
-from simrl.simulator.costs import Costs
-from simrl.simulator.engine import BLOCK_TOKENS, Engine, Request
-from simrl.traces.records import Recorder
+from simrl.simulator.engine import BLOCK_TOKENS, Engine, Request, Span
 from simrl.traces.streams import stream
+
+if TYPE_CHECKING:
+    from simrl.simulator.backend import SimulatedBackend
 
 Process = Generator[simpy.Event, Any, None]
 
@@ -34,7 +34,6 @@ class Rollout:
     assigned_s: float = 0.0
     finished_s: float | None = None
     prepared_s: float | None = None
-    preparing: bool = False
     migrations: int = 0
 
 
@@ -77,76 +76,51 @@ class Gang:
         self.go.succeed()
 
 
-class Listener(Protocol):
-    """Whom a function tells what happened."""
-
-    def idle(self, function: SimFunction, after: str) -> None:
-        """It has nothing to do."""
-
-    def rollouts_finished(self, function: SimFunction, requests: Sequence[Request]) -> None:
-        """Responses are complete."""
-
-    def prepared(self, rollouts: Sequence[Rollout]) -> None:
-        """Responses are prepared."""
-
-    def learned(self) -> None:
-        """All members of a learning gang are done."""
-
-    def generating(self, steps: set[int]) -> None:
-        """Responses of these steps are handed to an engine."""
-
-    def stage_active(self, stage: Stage, step: int, start_s: float) -> None:
-        """A stage of a step was worked on from *start_s* until now."""
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What all functions of a cluster share."""
-
-    env: simpy.Environment
-    costs: Costs
-    pool: GpuPool
-    network: Network
-    recorder: Recorder
-    seed: int
-    listener: Listener
-    learner_world: Callable[[], int]
-
-
 class SimFunction:
     """A simulated function. Decisions append to its task queue; `life` works it off."""
 
-    def __init__(self, world: World, name: str, gpus: int, roles: tuple[Role, ...], node: int | None) -> None:
-        self.world, self.name, self.gpus, self.roles = world, name, gpus, roles
+    def __init__(
+        self, cluster: SimulatedBackend, name: str, gpus: int, roles: tuple[Role, ...], node: int | None
+    ) -> None:
+        self.cluster, self.name, self.gpus, self.roles = cluster, name, gpus, roles
         self.wanted_node = node
         self.node: int | None = None
         self.gpu_ids: tuple[int, ...] = ()
         self.state = State.STARTING
         self.role: Role | None = None
         self.engine: Engine | None = None
-        self.version = 0
         self.unfinished: dict[int, Rollout] = {}
         self.assigned_by_step: dict[int, int] = {}
         self.unfinished_by_step: dict[int, int] = {}
-        self.ready = world.env.event()
+        self.ready = cluster.env.event()
         self._tasks: deque[Process | Serving] = deque()
         self._serving: Serving | None = None
         self._removals: list[tuple[dict[int, Rollout], Serving, bool]] = []
         self._sending = 0
-        self._wake_up = world.env.event()
+        self._wake_up = cluster.env.event()
         self._interruptible = False
+        self._span: tuple[Span, float] | None = None  # what the engine is at, and since when
         self._stage: Stage | None = None
         self._interval: tuple[str, Stage | None, float] | None = None
         self._after = "started"
-        self.process = world.env.process(self.life())
+        self.process = cluster.env.process(self.life())
+
+    def completed(self) -> int:
+        """Decode iterations that the engine has finished since its batch last changed."""
+        if self.engine is None or self._span is None:
+            return 0
+        span, start_s = self._span
+        return self.engine.completed(span, self.cluster.env.now - start_s)
 
     def slots(self) -> int:
         """Responses that it can take with decode latency still flat and KV fitting even if all grow to the cap."""
         if "decode" not in self.roles or self.engine is None:
             return 0
-        costs = self.world.costs
+        costs = self.cluster.costs
         longest = costs.job.max_prompt_tokens + costs.job.max_response_tokens
-        return min(costs.flat_batch(self.gpus), self.engine.kv_blocks * BLOCK_TOKENS // longest)
+        return min(
+            costs.flat_batch(self.gpus, self.cluster.typical_context()), self.engine.kv_blocks * BLOCK_TOKENS // longest
+        )
 
     # --- decisions ---
 
@@ -209,7 +183,7 @@ class SimFunction:
                 if self.state is not State.PARKED:
                     self._enter("idle", self._stage)
                     self.state = State.IDLE
-                    self.world.listener.idle(self, self._after)
+                    self.cluster.idle(self, self._after)
                 yield from self._wait(lambda: bool(self._tasks))
             task = self._tasks.popleft()
             if isinstance(task, Serving):
@@ -219,12 +193,12 @@ class SimFunction:
 
     def _wait(self, condition: Callable[[], bool]) -> Process:
         while not condition():
-            self._wake_up = self.world.env.event()
+            self._wake_up = self.cluster.env.event()
             yield self._wake_up
 
     def _enter(self, state: str | None, stage: Stage | None = None) -> None:
         """Close the current interval and open one in *state*; None opens none."""
-        now = self.world.env.now
+        now = self.cluster.env.now
         if self._interval is not None:
             old_state, old_stage, start_s = self._interval
             if (state, stage) == (old_state, old_stage):
@@ -232,7 +206,7 @@ class SimFunction:
             if now > start_s:
                 gpu_ids = ",".join(map(str, self.gpu_ids))
                 row = (self.name, self.node, self.gpus, gpu_ids, old_state, self.role, old_stage, start_s, now)
-                self.world.recorder.workers.append(row)
+                self.cluster.recorder.workers.append(row)
         self._interval = None if state is None else (state, stage, now)
 
     def close(self) -> None:
@@ -242,42 +216,42 @@ class SimFunction:
     def _work(self, stage: Stage, seconds: float, steps: Iterable[int]) -> Process:
         self._enter("busy", stage)
         self.state, self._stage = State.BUSY, stage
-        start_s = self.world.env.now
-        yield self.world.env.timeout(seconds)
+        start_s = self.cluster.env.now
+        yield self.cluster.env.timeout(seconds)
         for step in steps:
-            self.world.listener.stage_active(stage, step, start_s)
+            self.cluster.stage_active(stage, step, start_s)
 
     def _cold(self, seconds: float) -> Process:
         if seconds > 0:
             self._enter("cold")
-            yield self.world.env.timeout(seconds)
+            yield self.cluster.env.timeout(seconds)
 
     def _start(self) -> Process:
-        world = self.world
-        self.node, self.gpu_ids = yield world.pool.lease(self.gpus, self.wanted_node)
+        cluster = self.cluster
+        self.node, self.gpu_ids = yield cluster.pool.lease(self.gpus, self.wanted_node)
         assert self.node is not None, "a lease names its node"
-        node = world.pool.nodes[self.node]
-        rng = stream(world.seed, "start", self.name)
-        spread = world.costs.start_spread()
-        phases = world.costs.start_phases(self.gpus, self.roles, cached=False)
+        node = cluster.pool.nodes[self.node]
+        rng = stream(cluster.seed, "start", self.name)
+        spread = cluster.costs.start_spread()
+        phases = cluster.costs.start_phases(self.gpus, self.roles, cached=False)
         drawn = {name: s * float(rng.lognormal(-(spread**2) / 2, spread)) for name, s in phases.items()}
         self._enter("cold")
         download_s = drawn.pop("download")
         if node.weights_cached is None:
-            node.weights_cached = world.env.timeout(download_s)
+            node.weights_cached = cluster.env.timeout(download_s)
         if not node.weights_cached.processed:
             yield node.weights_cached
-        yield world.env.timeout(sum(drawn.values()))
+        yield cluster.env.timeout(sum(drawn.values()))
         if {"prefill", "decode"} & set(self.roles):
             self.engine = self._new_engine()
         self.ready.succeed()
 
     def learner_world(self) -> int | None:
         """GPUs that share the learner's state with this function; None when it has no part in it."""
-        return self.world.learner_world() if "learn" in self.roles else None
+        return self.cluster.learner_world() if "learn" in self.roles else None
 
     def _new_engine(self) -> Engine:
-        costs = self.world.costs
+        costs = self.cluster.costs
         return Engine(
             times=costs.times(self.gpus),
             kv_blocks=costs.kv_blocks(self.gpus, self.learner_world(), BLOCK_TOKENS),
@@ -289,7 +263,9 @@ class SimFunction:
     def _switch(self, role: Role) -> Process:
         if role in ("prepare", "learn"):
             yield from self._sent()  # a sleeping engine has no KV
-        seconds = self.world.costs.switch_s(self.role, role, self.learner_world())
+            if self.engine is not None:
+                self.engine.forget_prefixes()
+        seconds = self.cluster.costs.switch_s(self.role, role, self.learner_world())
         self.state = State.BUSY
         yield from self._cold(seconds)
         if role != self.role:
@@ -302,7 +278,7 @@ class SimFunction:
         assert self.engine is not None, "only functions with an engine are assigned responses"
         self._serving = task
         yield from self._switch("decode")
-        env, engine = self.world.env, self.engine
+        env, engine = self.cluster.env, self.engine
         while True:
             if task.inbox or self._removals:
                 self._take_in(task)
@@ -317,6 +293,7 @@ class SimFunction:
             self._enter("busy", "generation")
             self.state, self._stage = State.BUSY, "generation"
             start_s = env.now
+            self._span = (span, start_s)
             try:
                 self._interruptible = True
                 yield env.timeout(span.seconds)
@@ -324,20 +301,21 @@ class SimFunction:
                 span = engine.boundary(span, env.now - start_s)
                 yield env.timeout(max(start_s + span.seconds - env.now, 0.0))
             self._interruptible = False
+            self._span = None
             finished = engine.advance(span.iterations)
             if finished:
-                self.world.listener.rollouts_finished(self, finished)
+                self.cluster.rollouts_finished(self, finished)
         self._serving = None
         self._after = "drained"
 
     def _wait_once(self) -> Process:
-        self._wake_up = self.world.env.event()
+        self._wake_up = self.cluster.env.event()
         yield self._wake_up
 
     def _take_in(self, task: Serving) -> None:
         assert self.engine is not None
         if task.inbox:
-            self.world.listener.generating({rollout.step for rollout in task.inbox})
+            self.cluster.generating({rollout.step for rollout in task.inbox})
         while task.inbox:
             self.engine.add(task.inbox.popleft().request)
         removals, self._removals = self._removals, []
@@ -346,7 +324,7 @@ class SimFunction:
             leaving = [rollouts[request.response_id] for request in requests]
             if leaving:
                 self._sending += 1
-                self.world.env.process(self._send(leaving, held_blocks, target, with_kv))
+                self.cluster.env.process(self._send(leaving, held_blocks, target, with_kv))
 
     def _send(self, rollouts: Sequence[Rollout], held_blocks: int, target: Serving, with_kv: bool) -> Process:
         """Move responses out of the engine to *target*; their blocks are free once the KV has left."""
@@ -374,21 +352,21 @@ class SimFunction:
             yield target.ready
         assert self.node is not None
         assert target.node is not None
-        yield self.world.network.send(self.node, target.node, kv_tokens)
+        yield self.cluster.network.send(self.node, target.node, kv_tokens, min(self.gpus, target.gpus))
 
     def prefill_for(self, groups: Sequence[Sequence[Rollout]], target: Serving) -> Process:
         """A task: prefill each group's prompt once, piece by piece, and send the KV to *target*."""
         yield from self._switch("prefill")
-        costs = self.world.costs
+        costs = self.cluster.costs
         for piece in _pieces(groups, costs.max_batched_tokens):
             lengths = [group[0].request.prompt_tokens for group in piece]
             tokens = sum(lengths)
             attended = sum(length * length / 2 for length in lengths) / tokens
             steps = {group[0].step for group in piece}
-            self.world.listener.generating(steps)
+            self.cluster.generating(steps)
             yield from self._work("generation", costs.times(self.gpus).prefill_s(tokens, attended), steps)
             self._sending += 1
-            self.world.env.process(self._send_prefix(piece, tokens, target))
+            self.cluster.env.process(self._send_prefix(piece, tokens, target))
         self._after = "drained"
 
     def _send_prefix(self, groups: Sequence[Sequence[Rollout]], tokens: int, target: Serving) -> Process:
@@ -406,11 +384,12 @@ class SimFunction:
 
     def prepare(self, rollouts: Sequence[Rollout], tokens: int) -> Process:
         """A task: log-probs, values and rewards."""
+        loaded = self.role == "prepare"
         yield from self._switch("prepare")
-        seconds = self.world.costs.prepare_s(tokens, len(rollouts), self.gpus)
+        seconds = self.cluster.costs.prepare_s(tokens, len(rollouts), self.gpus, loaded=loaded)
         yield from self._work("preparation", seconds, {rollout.step for rollout in rollouts})
         self._after = "prepared"
-        self.world.listener.prepared(rollouts)
+        self.cluster.prepared(rollouts)
 
     def learn(self, gang: Gang, step: int) -> Process:
         """A task: learn together with the rest of *gang*."""
@@ -420,16 +399,21 @@ class SimFunction:
         self._after = "learned"
         gang.done += 1
         if gang.done == gang.members:
-            self.world.listener.learned()
+            self.cluster.learned()
 
-    def sync(self, gang: Gang, version: int, step: int) -> Process:
-        """A task: take the learner's weights of *version* into the engine."""
+    def sync(self, gang: Gang, step: int) -> Process:
+        """A task: take the learner's newest weights into the engine."""
         yield from self._switch("decode" if "decode" in self.roles else "prefill")
         yield from self._gather(gang)
         yield from self._work("weight_sync", gang.seconds, {step})
-        self.version = version
         assert self.engine is not None
         self.engine.forget_prefixes()
+        self._after = "synced"
+
+    def send_weights(self, gang: Gang, step: int) -> Process:
+        """A task: give the learner's shards to a sync that this function's own engine has no need of."""
+        yield from self._gather(gang)
+        yield from self._work("weight_sync", gang.seconds, {step})
         self._after = "synced"
 
     def _gather(self, gang: Gang) -> Process:
@@ -439,7 +423,7 @@ class SimFunction:
             if gang.after is None or gang.after.processed:
                 gang.go.succeed()
             else:
-                self.world.env.process(gang.wait_for_weights())
+                self.cluster.env.process(gang.wait_for_weights())
         if not gang.go.triggered:
             self._enter("idle", self._stage)
             self.state = State.IDLE
@@ -450,7 +434,9 @@ class SimFunction:
         """A task: give the GPUs back, keep the process in host memory."""
         self.state = State.BUSY
         yield from self._sent()
-        yield from self._cold(self.world.costs.park_s(self.gpus, self.roles, self.learner_world()))
+        if self.engine is not None:
+            self.engine.forget_prefixes()
+        yield from self._cold(self.cluster.costs.park_s(self.gpus, self.roles, self.learner_world()))
         self._let_go()
         self.state, self.role, self._stage = State.PARKED, None, None
         self._enter("parked")
@@ -458,10 +444,10 @@ class SimFunction:
     def wake(self) -> Process:
         """A task: come back onto GPUs of the same node."""
         self.state = State.STARTING
-        node, gpu_ids = yield self.world.pool.lease(self.gpus, self.node)
+        node, gpu_ids = yield self.cluster.pool.lease(self.gpus, self.node)
         self._enter(None)  # parked until here, without GPUs
         self.node, self.gpu_ids = node, gpu_ids
-        yield from self._cold(self.world.costs.wake_s(self.gpus, self.roles, self.learner_world()))
+        yield from self._cold(self.cluster.costs.wake_s(self.gpus, self.roles, self.learner_world()))
         self._after = "woken"
 
     def release(self) -> Process:
@@ -475,7 +461,7 @@ class SimFunction:
     def _let_go(self) -> None:
         self._enter(None)
         assert self.node is not None
-        self.world.pool.give_back(self.node, self.gpu_ids)
+        self.cluster.pool.give_back(self.node, self.gpu_ids)
         self.gpu_ids = ()
 
 

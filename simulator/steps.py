@@ -43,6 +43,7 @@ class StepState:
     started_s: float
     unfinished: int
     unprepared: int
+    prepared: bool = False
     learning: bool = False
     spans: dict[Stage, tuple[float, float]] = field(default_factory=dict)
     fired: set[Trigger] = field(default_factory=set)

@@ -97,7 +97,7 @@ class View:
     def estimates(self) -> ProfiledEstimates:
         """What profiling knows in advance."""
         backend = self._now()
-        return ProfiledEstimates(backend.costs, backend.learner_world() or None)
+        return ProfiledEstimates(backend.costs, backend.learner_world() or None, backend.typical_context())
 
     def unfinished(self, function: str) -> tuple[int, ...]:
         """Responses that *function* still has to finish."""
@@ -110,7 +110,9 @@ class View:
         request = rollout.request
         serving = rollout.serving.function if rollout.serving else None
         engine = serving.engine if serving else None
-        generated = engine.generated(request) if engine and response_id in engine.running else request.generated
+        generated = request.generated
+        if serving and engine and response_id in engine.running:
+            generated = engine.generated(request, serving.completed())
         return Response(
             response_id=response_id,
             step=rollout.step,
@@ -164,7 +166,7 @@ def _describe(backend: SimulatedBackend, function: SimFunction) -> Function:
         num_assigned=sum(function.assigned_by_step.get(step, 0) for step in backend.steps),
         num_unfinished=unfinished,
         free_slots=max(function.slots() - unfinished, 0),
-        kv_used=function.engine.kv_used() if function.engine else 0.0,
+        kv_used=function.engine.kv_used(function.completed()) if function.engine else 0.0,
     )
 
 
@@ -174,10 +176,11 @@ class ProfiledEstimates:
     Args:
         costs: The cost model.
         learner_world: GPUs that share the learner's state, as far as started.
+        context: Mean tokens of a response in mid-generation.
     """
 
-    def __init__(self, costs: Costs, learner_world: int | None) -> None:
-        self._costs, self._world = costs, learner_world
+    def __init__(self, costs: Costs, learner_world: int | None, context: float) -> None:
+        self._costs, self._world, self._context = costs, learner_world, context
 
     def _learners(self, roles: tuple[Role, ...]) -> int | None:
         return self._world if "learn" in roles else None
@@ -198,15 +201,15 @@ class ProfiledEstimates:
 
     def flat_batch(self, gpus: int) -> int:
         """Largest batch at which decode latency is still flat."""
-        return self._costs.flat_batch(gpus)
+        return self._costs.flat_batch(gpus, self._context)
 
     def kv_tokens(self, gpus: int, roles: tuple[Role, ...]) -> int:
         """Tokens whose KV fits in a function's engine."""
         return self._costs.kv_blocks(gpus, self._learners(roles)) * BLOCK_TOKENS
 
-    def transfer_s(self, tokens: int, *, same_node: bool) -> float:
-        """Sending the KV of *tokens* tokens over an unloaded link."""
-        return self._costs.transfer_s(tokens, same_node=same_node)
+    def transfer_s(self, tokens: int, gpus: int, *, same_node: bool) -> float:
+        """Sending the KV of *tokens* tokens between functions of *gpus* GPUs over an unloaded link."""
+        return self._costs.transfer_s(tokens, gpus, same_node=same_node)
 
     def start_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
         """Expected cold start on a node that has the weights on disk."""

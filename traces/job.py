@@ -21,6 +21,7 @@ class Job(Section):
     workload: str = Field("gsm8k", description="a shipped length model, or a path to a workload TOML")
     prompts_per_step: int = Field(1024, ge=1)
     responses_per_prompt: int = Field(4, ge=1)
+    mini_batch_prompts: int = Field(256, ge=1, description="prompts an optimizer step; verl's GSM8K examples")
     steps: int = Field(45, ge=1)
     dataset_prompts: int = Field(7473, ge=1, description="prompts in one epoch; 7473 is GSM8K's training split")
     max_prompt_tokens: int = Field(1024, ge=1)

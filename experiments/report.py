@@ -81,19 +81,25 @@ def _others(summary: Mapping[str, Any]) -> Table:
 
 
 def of_comparison(comparison: Comparison, directory: Path | None) -> RenderableType:
-    """A comparison: a line a policy."""
-    table = _table("policy", "s/step", "GPU-s/step", "speedup", "GPU-s saved")
-    for row in comparison.rows:
-        speedup = _with_interval(row["speedup"], row["speedup_ci95"], "{:.3f}x")
-        saved = _with_interval(row["gpu_s_reduction"], row["gpu_s_reduction_ci95"], "{:.1%}")
-        table.add_row(
-            Text(row["policy"]), f"{row['step_s']:.2f}", f"{row['gpu_s_per_step']:,.0f}", Text(speedup), Text(saved)
-        )
+    """A comparison: a line a policy, over all steps and without the first epoch."""
+    tables: list[RenderableType] = [_standings("all steps", {row["policy"]: row for row in comparison.rows})]
+    if comparison.rows[0]["later_epochs"]:
+        later = {row["policy"]: row["later_epochs"] for row in comparison.rows}
+        tables.append(_standings("after the first epoch", later))
     seeds = len(comparison.rows[0]["responses"])
     interval = "; 95 % intervals, paired over seeds" if seeds > 1 else ""
     note = f"against {comparison.baseline}, {seeds} seed{'s' if seeds > 1 else ''}{interval}"
     where = [Text(f"written to {directory}", overflow="fold")] if directory is not None else []
-    return Group(table, Text(note), *where)
+    return Group(*tables, Text(note), *where)
+
+
+def _standings(title: str, figures: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = _table(title, "s/step", "GPU-s/step", "speedup", "GPU-s saved")
+    for policy, row in figures.items():
+        speedup = _with_interval(row["speedup"], row["speedup_ci95"], "{:.3f}x")
+        saved = _with_interval(row["gpu_s_reduction"], row["gpu_s_reduction_ci95"], "{:.1%}")
+        table.add_row(Text(policy), f"{row['step_s']:.2f}", f"{row['gpu_s_per_step']:,.0f}", Text(speedup), Text(saved))
+    return table
 
 
 def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:

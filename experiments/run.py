@@ -201,10 +201,15 @@ def _note_workload(lengths: LengthModel, parameters: Parameters) -> None:
 
 
 def _note_extrapolation(simulation: Simulation, workers: pd.DataFrame) -> tuple[str, ...]:
-    """List, and warn of, look-ups of iteration times beyond the tables' ends."""
+    """Warn of iteration times without a table, and of look-ups beyond a table's ends; list the latter."""
     costs, warnings = simulation.costs, []
     for gpus in sorted({int(n) for n in workers.loc[workers["role"].isin(["decode", "prefill"]), "gpus"].unique()}):
-        count = costs.times(gpus).extrapolated
+        times = costs.times(gpus)
+        if times.status == "assumed":
+            warnings.append(
+                f"no measured iteration times of {costs.model.name} on {gpus} x {costs.node.gpu}: a roofline stands in"
+            )
+        count = times.extrapolated
         if count:
             key = f"iteration_times.{costs.model.name}.{costs.node.gpu}.tp{gpus}.extrapolated"
             source = "look-ups beyond the table's last knots, where its last segment goes on"

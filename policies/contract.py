@@ -53,7 +53,10 @@ class StepStarted:
 
 @dataclass(frozen=True, slots=True)
 class FunctionLost:
-    """A function died; *responses* were unfinished on it and are unassigned again. Always delivered."""
+    """A function died; *responses* were unfinished on it and are unassigned again. Always delivered.
+
+    The simulator does not lose functions yet.
+    """
 
     function: str
     responses: tuple[int, ...]

@@ -17,8 +17,9 @@ SMALL = (
 T_975_2 = 4.302652729911275  # Student's t, two degrees of freedom, from a table
 
 
-def summary(policy, step_s, gpu_s, response_tokens=50):
+def summary(policy, step_s, gpu_s, response_tokens=50, later=None):
     return {
+        "later_epochs": later and dict(zip(("step_s", "gpu_s_per_step"), later, strict=True)),
         "policy": policy, "seed": 0, "step_s": {"mean": step_s}, "gpu_s_per_step": gpu_s, "responses": 5,
         "response_tokens": response_tokens, "prompt_tokens": 7,
     }  # fmt: skip
@@ -56,6 +57,14 @@ def test_ratios_are_taken_seed_by_seed():
     assert line["speedup"] == pytest.approx((10 / 5 + 30 / 10) / 2)  # not (10 + 30) / (5 + 10)
     assert line["gpu_s_reduction"] == pytest.approx((0.1 + 0.5) / 2)
     assert line["responses"] == [5, 5]
+    assert line["later_epochs"] is None
+
+
+def test_later_epochs_are_compared_by_themselves():
+    line = row([summary("x", 50.0, 900.0, later=(4.0, 30.0))], [summary("v", 60.0, 900.0, later=(6.0, 40.0))])
+    assert line["speedup"] == pytest.approx(60 / 50)
+    assert line["later_epochs"]["speedup"] == pytest.approx(6 / 4)
+    assert line["later_epochs"]["gpu_s_reduction"] == pytest.approx(1 - 30 / 40)
 
 
 def test_the_baseline_has_its_row(compared):
@@ -93,7 +102,7 @@ def test_the_json_object_has_the_documented_keys(compared):
     assert list(document) == ["baseline", "rows"]
     assert list(document["rows"][0]) == [
         "policy", "step_s", "gpu_s_per_step", "speedup", "speedup_ci95", "gpu_s_reduction", "gpu_s_reduction_ci95",
-        "responses", "response_tokens", "prompt_tokens",
+        "responses", "response_tokens", "prompt_tokens", "later_epochs",
     ]  # fmt: skip
 
 

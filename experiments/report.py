@@ -45,7 +45,7 @@ def _stages(summary: Mapping[str, Any]) -> Table:
     table = _table("stage", "s/step", "GPU-s", "share")
     for stage in (*STAGES, "none"):
         seconds = "" if stage == "none" else f"{summary[f'{stage}_s']:.2f}"
-        table.add_row(stage, seconds, *_gpu_seconds(summary, "stage", stage))
+        table.add_row("no stage" if stage == "none" else stage, seconds, *_gpu_seconds(summary, "stage", stage))
     table.add_row("step", f"{summary['step_s']['mean']:.2f}", f"{summary['gpu_s']:,.0f}", "", style="bold")
     return table
 

@@ -94,7 +94,7 @@ class RandomPolicy:
     def start(self, observation: Observation, roles: tuple[Role, ...], node: int | None = None) -> None:
         name = f"f{self.done['Start']}"
         self.do(Start(name, self.random.choice((1, 2)), roles, node))
-        self.roles[name], self.versions[name] = roles, observation.weights_version
+        self.roles[name], self.versions[name] = roles, 0  # what is on disk
 
     # --- what may happen at any call ---
 
@@ -133,6 +133,9 @@ class RandomPolicy:
     def maybe_sync(self, observation: Observation) -> None:
         engines = [name for name in sorted({*self.awake("decode"), *self.awake("prefill")}) if self.chance(0.5)]
         if engines and self.chance(0.4):
+            for name in sorted(self.parked):
+                if "learn" in self.roles[name]:  # it holds the weights
+                    self.wake(name)
             self.do(Sync(tuple(engines)))
             self.versions.update(dict.fromkeys(engines, self.learning))
 

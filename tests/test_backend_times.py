@@ -160,9 +160,9 @@ def test_a_parked_function_gives_its_gpus_to_another_and_waits_for_them() -> Non
 
 def test_the_learners_state_is_moved_to_the_host_and_back() -> None:
     costs = make([[[1]]])
-    state_bytes = 16 * 494_032_768
+    state_bytes = 12 * 494_032_768
     assert costs.park_s(1, COLOCATED, 1) == pytest.approx(1.5 + state_bytes / 25e9, rel=1e-3)
-    assert costs.wake_s(1, COLOCATED, 1) == pytest.approx(0.4 + (state_bytes + 2 * 494_032_768) / 25e9, rel=1e-3)
+    assert costs.wake_s(1, COLOCATED, 1) == pytest.approx(0.4 + state_bytes / 25e9, rel=1e-3)  # weights: .04 s
     assert costs.park_s(1, ("decode",), None) == 1.5
 
 
@@ -180,7 +180,7 @@ def test_a_response_leaves_at_the_end_of_its_iteration_and_goes_on_where_its_kv_
         "generation 0": [Prepare(("a",), (0,))],
         "preparation 0": [Learn(("a",))],
     }
-    arrived_s = third_s + costs.transfer_s(22, same_node=True)  # 20 + 3 tokens known, the newest has no KV
+    arrived_s = third_s + costs.transfer_s(22, 1, same_node=True)  # 20 + 3 tokens known, the newest has no KV
     switched_s = cut_s + costs.switch_s(None, "decode", None)
     generated_s = max(arrived_s, switched_s) + sum(times.decode_s(1, 20 + n) for n in range(3, 10))
     happened, recorder = tell(costs, steps, script)
@@ -225,7 +225,7 @@ def test_a_released_function_is_billed_until_its_kv_has_left() -> None:
     last = workers[workers.function == "a"].iloc[-1]
     assert last.state == "idle"
     left_s = first_s + times.decode_s(1, 21)
-    assert (last.start_s, last.end_s) == pytest.approx((left_s, left_s + costs.transfer_s(21, same_node=True)))
+    assert (last.start_s, last.end_s) == pytest.approx((left_s, left_s + costs.transfer_s(21, 1, same_node=True)))
     assert last.end_s < dict(happened)["generation 0"]
 
 
@@ -240,7 +240,7 @@ def test_prompts_are_prefilled_once_elsewhere_and_sent() -> None:
         "preparation 0": [Learn(("d",))],
     }
     prefilled_s = start_s(costs) + costs.switch_s(None, "prefill", None) + times.prefill_s(50, 25)
-    arrived_s = prefilled_s + costs.transfer_s(50, same_node=True)
+    arrived_s = prefilled_s + costs.transfer_s(50, 1, same_node=True)
     # 48 of 50 tokens are in full blocks; each response computes the last 2, after 48 others.
     generated_s = arrived_s + times.prefill_s(4, 48 + 1) + times.decode_s(2, 51) + times.decode_s(1, 52)
     happened, recorder = tell(costs, steps, script, prompt_tokens=50)

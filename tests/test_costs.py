@@ -28,9 +28,10 @@ ROUND = {
         "download_bytes_per_s": 250e6, "load_bytes_per_s": 500e6, "init_s": 90, "compile_s": 50, "capture_s": 40,
         "spread": 0.1,
     },
-    "switch": {"engine_sleep_s": 1.5, "engine_wake_s": 0.5, "sync_setup_s": 1.0},
+    "switch": {"engine_sleep_s": 1.5, "engine_wake_s": 0.5, "sync_setup_s": 1.0, "sync_bytes_per_s": 25e9},
     "learner": {
-        "bytes_per_parameter": 16, "micro_batch_tokens": 10_000, "rule_reward_s": 0.001, "reward_workers": 50,
+        "bytes_per_parameter": 12, "gradient_bytes_per_parameter": 4, "micro_batch_tokens": 10_000,
+        "rule_reward_s": 0.001, "reward_workers": 50,
     },
 }  # fmt: skip
 PARAMETERS_7B = 7_615_616_512  # Qwen2.5-7B, as counted in test_models.py
@@ -49,8 +50,17 @@ def approx(value: float | dict[str, float]) -> Any:
 
 
 def test_the_learners_state_is_sharded_over_all_its_gpus() -> None:
-    assert costs_of().learner_bytes(16) == approx(16 * PARAMETERS_7B / 16)
-    assert costs_of(algorithm="ppo").learner_bytes(16) == approx(2 * 16 * PARAMETERS_7B / 16)
+    assert costs_of().learner_bytes(16) == approx(12 * PARAMETERS_7B / 16)
+    assert costs_of(algorithm="ppo").learner_bytes(16) == approx(2 * 12 * PARAMETERS_7B / 16)
+
+
+def test_gradients_take_room_only_while_learning() -> None:
+    costs, ppo = costs_of(), costs_of(algorithm="ppo")
+    assert costs.learning_bytes(16) == approx((12 + 4) * PARAMETERS_7B / 16 + 5e9)
+    assert ppo.learning_bytes(16) == approx((2 * 12 + 4) * PARAMETERS_7B / 16 + 5e9)  # actor and critic in turn
+    assert costs.preparing_bytes(2, 16) == approx(WEIGHTS_7B / 2 + 12 * PARAMETERS_7B / 16 + 5e9)
+    assert costs.engine_bytes(2, 16) == approx(WEIGHTS_7B / 2 + 12 * PARAMETERS_7B / 16 + 3e9)
+    assert costs.resident_bytes(2, ("decode", "learn"), 16) == approx(WEIGHTS_7B / 2 + 12 * PARAMETERS_7B / 16)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +71,21 @@ def test_kv_holds_keys_and_values_of_all_layers(model: str, kv_bytes: int) -> No
 
 
 def test_a_colocated_engine_has_the_presets_share_and_a_lone_one_more() -> None:
-    costs = costs_of(engine=Engine(gpu_memory_utilization=0.6))
+    costs = costs_of()
     assert costs.kv_bytes(2, 16) == approx(0.6 * 48e9 - WEIGHTS_7B / 2 - 3e9)
     assert costs.kv_bytes(2, None) == approx(0.9 * 48e9 - WEIGHTS_7B / 2 - 3e9)
 
 
+@pytest.mark.parametrize("share", [0.6, 0.7, 0.95])
+def test_a_share_that_the_user_sets_holds_for_lone_engines_too(share: float) -> None:
+    costs = costs_of(engine=Engine(gpu_memory_utilization=share))
+    assert costs.kv_bytes(2, None) == approx(share * 48e9 - WEIGHTS_7B / 2 - 3e9)
+    assert costs.kv_bytes(2, 1600) == approx(share * 48e9 - WEIGHTS_7B / 2 - 3e9)
+
+
 def test_a_resident_learner_leaves_less_for_kv() -> None:
     costs = costs_of(engine=Engine(gpu_memory_utilization=0.9))
-    state = 16 * PARAMETERS_7B / 8
+    state = 12 * PARAMETERS_7B / 8
     assert costs.kv_bytes(2, 8) == approx(0.98 * 48e9 - WEIGHTS_7B / 2 - 3e9 - state)
     offloaded = costs_of(engine=Engine(gpu_memory_utilization=0.9), learner_offload=True)
     assert offloaded.kv_bytes(2, 8) == approx(0.9 * 48e9 - WEIGHTS_7B / 2 - 3e9)
@@ -84,7 +101,7 @@ def test_what_does_not_fit_says_what_is_needed_and_what_there_is() -> None:
     needed = 2 * costs.model.parameters + 3e9 + 3072 * costs.kv_token_bytes + costs.learner_bytes(1)
     with pytest.raises(DoesNotFit, match=rf"needs {needed / 1e9:.1f} GB .* has 48.0 GB"):
         costs.check_fit(1, ("decode", "prepare", "learn"), 1)
-    with pytest.raises(DoesNotFit, match=rf"needs {(16 * PARAMETERS_7B / 2 + 5e9) / 1e9:.1f} GB and has 48.0 GB"):
+    with pytest.raises(DoesNotFit, match=rf"needs {((12 + 4) * PARAMETERS_7B / 2 + 5e9) / 1e9:.1f} GB and has 48.0 GB"):
         costs_of().check_fit(1, ("learn",), 2)
     costs_of().check_fit(1, ("learn",), 3)
 
@@ -105,6 +122,14 @@ def test_preparation_runs_two_models_and_loads_one() -> None:
     assert ppo.prepare_s(12_000, 20, 2) == approx(3 * forward_s + 2 * WEIGHTS_7B / 2 / 10e9)
 
 
+def test_models_that_are_loaded_already_are_not_loaded_again() -> None:
+    costs = costs_of()
+    assert costs.prepare_s(12_000, 20, 2, loaded=True) == approx(2 * costs.forward_s(12_000, 2, 12_000 / 20))
+    assert costs_of(algorithm="ppo").prepare_s(12_000, 20, 2, loaded=True) == approx(
+        3 * costs.forward_s(12_000, 2, 12_000 / 20)
+    )
+
+
 def test_preparation_is_no_faster_than_scoring() -> None:
     costs = make_costs(make_job([[[1]]]), parameters=ROUND)
     assert costs.prepare_s(1_000_000, 1_000_000, 8) == approx(1_000_000 * 0.001 / 50)
@@ -112,7 +137,8 @@ def test_preparation_is_no_faster_than_scoring() -> None:
 
 
 def optimizer_s(gpus: int) -> float:
-    return 2 * 16 * PARAMETERS_7B / gpus / 800e9
+    """One update: the state and the gradients, read and written."""
+    return 2 * (12 + 4) * PARAMETERS_7B / gpus / 800e9
 
 
 def test_learning_on_much_is_bound_by_computing() -> None:
@@ -120,52 +146,118 @@ def test_learning_on_much_is_bound_by_computing() -> None:
     compute_s = 3 * 40_000 * flops_a_token / (400e12 * 0.25)
     communication_s = 3 * 4 * WEIGHTS_7B * 7 / 8 / 20e9
     assert compute_s > communication_s
-    assert costs_of().learn_s(40_000, 500, 8, 1) == approx(compute_s + optimizer_s(8))
+    assert costs_of().learn_s(40_000, 500, 8, 1) == approx(compute_s + 4 * optimizer_s(8))  # 1024 prompts by 256
 
 
 def test_learning_on_little_is_bound_by_communication() -> None:
     compute_s = 3 * 100 * 2 * PARAMETERS_7B / (400e12 * 0.25)
-    communication_s = 3 * 1 * WEIGHTS_7B * 15 / 16 / 20e9  # the PCIe link, not the NIC of 40e9, is the slowest
+    communication_s = 3 * 4 * WEIGHTS_7B * 15 / 16 / 20e9  # the PCIe link, not the NIC of 40e9, is the slowest
     assert compute_s < communication_s
-    assert costs_of(nodes=2).learn_s(100, 500, 16, 2) == approx(communication_s + optimizer_s(16))
+    assert costs_of(nodes=2).learn_s(100, 500, 16, 2) == approx(communication_s + 4 * optimizer_s(16))
 
 
 def test_between_nodes_a_slow_nic_sets_the_pace_of_learning() -> None:
     slow = {**ROUND, "network": {"efficiency": 0.2, "latency_s": 0.01}}  # 10e9 B/s
     costs = make_costs(Job(), nodes=2, parameters=slow)
-    assert costs.learn_s(100, 500, 16, 2) == approx(3 * WEIGHTS_7B * 15 / 16 / 10e9 + optimizer_s(16))
-    assert costs.learn_s(100, 500, 8, 1) == approx(3 * WEIGHTS_7B * 7 / 8 / 20e9 + optimizer_s(8))
+    assert costs.learn_s(100, 500, 16, 2) == approx(3 * 4 * WEIGHTS_7B * 15 / 16 / 10e9 + 4 * optimizer_s(16))
+    assert costs.learn_s(100, 500, 8, 1) == approx(3 * 4 * WEIGHTS_7B * 7 / 8 / 20e9 + 4 * optimizer_s(8))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "mini_batch", "updates"), [(1024, 256, 4), (1024, 1024, 1), (100, 256, 1), (1000, 300, 4), (7, 1, 7)]
+)
+def test_each_mini_batch_is_an_optimizer_step(prompts: int, mini_batch: int, updates: int) -> None:
+    costs = costs_of(prompts_per_step=prompts, mini_batch_prompts=mini_batch)
+    gather_s = WEIGHTS_7B * 7 / 8 / 20e9
+    # 10 tokens a rank: a micro-batch an update, three collectives each.
+    assert costs.learn_s(10, 500, 8, 1) == approx(updates * (3 * gather_s + optimizer_s(8)))
+
+
+def test_micro_batches_are_rounded_up_within_each_mini_batch() -> None:
+    slow = {**ROUND, "network": {"efficiency": 0.02, "latency_s": 0.01}}  # 1e9 B/s: communication is the bound
+    gather_s = WEIGHTS_7B * 15 / 16 / 1e9
+    for rank_tokens, micro_batches in ((40_000, 4), (40_001, 8), (44_000, 8), (80_000, 8), (80_004, 12)):
+        learn_s = make_costs(Job(), nodes=2, parameters=slow).learn_s(rank_tokens, 500, 16, 2)
+        assert learn_s == approx(3 * micro_batches * gather_s + 4 * optimizer_s(16))
+    one = make_costs(Job(mini_batch_prompts=1024), nodes=2, parameters=slow)
+    assert one.learn_s(44_000, 500, 16, 2) == approx(3 * 5 * gather_s + optimizer_s(16))
+
+
+def test_ppo_trains_a_critic_as_well() -> None:
+    assert costs_of(algorithm="ppo").learn_s(44_000, 500, 8, 1) == approx(2 * costs_of().learn_s(44_000, 500, 8, 1))
 
 
 def test_one_gpu_learns_without_communication() -> None:
     costs = make_costs(make_job([[[1]]]), parameters=ROUND)
     parameters = costs.model.parameters
     flops_a_token = 2 * parameters + 4 * 24 * 14 * 64 * 10
-    expected_s = 3 * 50 * flops_a_token / (400e12 * 0.25) + 2 * 16 * parameters / 800e9
+    expected_s = 3 * 50 * flops_a_token / (400e12 * 0.25) + 2 * (12 + 4) * parameters / 800e9
     assert costs.learn_s(50, 20, 1, 1) == approx(expected_s)
+
+
+# --- the flat batch ---
+
+
+def test_the_flat_batch_is_that_of_the_next_context_in_steps_of_64() -> None:
+    costs = costs_of()
+    times = costs.times(2)
+    flat = {context: times.flat_batch(context, 0.25) for context in (64, 128, 1024, 2048, 2112)}
+    assert len(set(flat.values())) > 2, "the context makes no difference here"
+    assert costs.flat_batch(2, 1.0) == costs.flat_batch(2, 64) == flat[64]
+    assert costs.flat_batch(2, 64.5) == costs.flat_batch(2, 128.0) == flat[128]
+    assert costs.flat_batch(2, 1024) == flat[1024]
+    assert costs.flat_batch(2, 2048) == costs.flat_batch(2, 1984.1) == flat[2048]
+    assert costs.flat_batch(2, 2048.1) == flat[2112]
+
+
+def test_the_flat_batch_is_at_most_what_an_engine_runs() -> None:
+    assert costs_of(engine=Engine(max_num_seqs=3)).flat_batch(2, 512) == 3
 
 
 # --- movement ---
 
 
-def test_a_sync_takes_the_slower_of_link_and_nic() -> None:
+def test_a_sync_takes_the_slower_of_link_and_network() -> None:
     assert costs_of().sync_s(2, 1) == approx(1 + WEIGHTS_7B / 2 / 20e9)
-    assert costs_of(nodes=2).sync_s(2, 2) == approx(1 + max(WEIGHTS_7B / 2 / 20e9, WEIGHTS_7B / 40e9))
-    assert costs_of(nodes=2).sync_s(4, 2) == approx(1 + WEIGHTS_7B / 40e9)
+    assert costs_of(nodes=2).sync_s(1, 2) == approx(1 + WEIGHTS_7B / 20e9)
+    assert costs_of(nodes=2).sync_s(2, 2) == approx(1 + WEIGHTS_7B / 25e9)  # not the 40e9 that the NIC could
+    assert costs_of(nodes=2).sync_s(4, 2) == approx(1 + WEIGHTS_7B / 25e9)
 
 
-def test_kv_goes_over_the_link_within_a_node_and_the_nic_between_nodes() -> None:
-    assert costs_of().transfer_s(1000, same_node=True) == approx(0.01 + 1000 * 57_344 / 20e9)
-    assert costs_of().transfer_s(1000, same_node=False) == approx(0.01 + 1000 * 57_344 / 40e9)
+def test_a_sync_is_no_faster_than_a_slow_nic() -> None:
+    slow = {**ROUND, "network": {"efficiency": 0.2, "latency_s": 0.01}}  # 10e9 B/s
+    assert make_costs(Job(), nodes=2, parameters=slow).sync_s(2, 2) == approx(1 + WEIGHTS_7B / 10e9)
+    assert make_costs(Job(), nodes=1, parameters=slow).sync_s(2, 1) == approx(1 + WEIGHTS_7B / 2 / 20e9)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_within_a_node_kv_goes_over_the_links_of_all_gpus(gpus: int) -> None:
+    assert costs_of().transfer_s(1000, gpus, same_node=True) == approx(0.01 + 1000 * 57_344 / (gpus * 20e9))
+
+
+@pytest.mark.parametrize(("gpus", "rate"), [(1, 10e9), (2, 20e9), (4, 40e9), (8, 40e9)])
+def test_between_nodes_kv_goes_over_the_host_links_of_all_gpus_up_to_the_nic(gpus: int, rate: float) -> None:
+    assert costs_of().transfer_s(1000, gpus, same_node=False) == approx(0.01 + 1000 * 57_344 / rate)
 
 
 def test_parking_moves_the_learners_state_and_waking_the_weights_too() -> None:
-    state = 16 * PARAMETERS_7B / 8
+    state = 12 * PARAMETERS_7B / 8
     costs = costs_of()
     assert costs.park_s(2, ("decode",), None) == 1.5
     assert costs.park_s(2, ("decode", "learn"), 8) == approx(1.5 + state / 10e9)
-    assert costs.wake_s(2, ("decode",), None) == approx(0.5 + WEIGHTS_7B / 2 / 10e9)
-    assert costs.wake_s(2, ("decode", "learn"), 8) == approx(0.5 + (WEIGHTS_7B / 2 + state) / 10e9)
+    assert costs.wake_s(2, ("decode",), None) == approx(
+        WEIGHTS_7B / 2 / 10e9
+    )  # .76 s, more than the .5 s of small ones
+    assert costs.wake_s(8, ("decode",), None) == 0.5  # .19 s would do for the weights
+    assert costs.wake_s(2, ("decode", "learn"), 8) == approx((WEIGHTS_7B / 2 + state) / 10e9)
+    assert costs.wake_s(8, ("decode", "learn"), 8) == approx(0.5 + state / 10e9)
+    assert costs.wake_s(2, ("learn",), 8) == approx(0.5 + state / 10e9)
+
+
+def test_offloaded_state_is_in_the_host_already() -> None:
+    costs = costs_of(learner_offload=True)
+    assert costs.park_s(2, ("decode", "learn"), 8) == 1.5
+    assert costs.wake_s(2, ("decode", "learn"), 8) == approx(WEIGHTS_7B / 2 / 10e9)
 
 
 def test_only_changing_between_engine_and_trainer_takes_time() -> None:
@@ -173,7 +265,7 @@ def test_only_changing_between_engine_and_trainer_takes_time() -> None:
     assert costs.switch_s("prefill", "decode", 8) == costs.switch_s("prepare", "learn", 8) == 0
     assert costs.switch_s("decode", "prepare", 8) == 1.5
     assert costs.switch_s("learn", "decode", 8) == 0.5
-    offload_s = 16 * PARAMETERS_7B / 8 / 10e9
+    offload_s = 12 * PARAMETERS_7B / 8 / 10e9
     assert costs_of(learner_offload=True).switch_s("decode", "prepare", 8) == approx(1.5 + offload_s)
 
 
@@ -211,29 +303,49 @@ def arrivals(env: simpy.Environment, sends: dict[str, simpy.Event]) -> dict[str,
 def test_two_transfers_share_a_nic() -> None:
     env, net, _ = network()
     bytes_s = 100_000 * 57_344 / 40e9
-    sends = {"first": net.send(0, 1, 100_000), "to 2": net.send(0, 2, 100_000), "to 1": net.send(0, 1, 100_000)}
+    sends = {
+        "first": net.send(0, 1, 100_000, 8),
+        "to 2": net.send(0, 2, 100_000, 8),
+        "to 1": net.send(0, 1, 100_000, 8),
+    }
     expected = {"first": bytes_s + 0.01, "to 2": 2 * bytes_s + 0.01, "to 1": 3 * bytes_s + 0.01}
     assert arrivals(env, sends) == approx(expected)
 
 
 def test_transfers_between_other_nodes_and_in_the_other_direction_go_on_meanwhile() -> None:
     env, net, costs = network(4)
-    one_s = costs.transfer_s(100_000, same_node=False)
-    sends = {"0 to 1": net.send(0, 1, 100_000), "2 to 3": net.send(2, 3, 100_000), "1 to 0": net.send(1, 0, 100_000)}
+    one_s = costs.transfer_s(100_000, 8, same_node=False)
+    sends = {
+        "0 to 1": net.send(0, 1, 100_000, 8),
+        "2 to 3": net.send(2, 3, 100_000, 8),
+        "1 to 0": net.send(1, 0, 100_000, 8),
+    }
     assert arrivals(env, sends) == approx(dict.fromkeys(sends, one_s))
 
 
 def test_a_receiver_is_shared_as_well() -> None:
     env, net, _ = network()
     bytes_s = 100_000 * 57_344 / 40e9
-    sends = {"0 to 2": net.send(0, 2, 100_000), "1 to 2": net.send(1, 2, 100_000)}
+    sends = {"0 to 2": net.send(0, 2, 100_000, 8), "1 to 2": net.send(1, 2, 100_000, 8)}
     assert arrivals(env, sends) == approx({"0 to 2": bytes_s + 0.01, "1 to 2": 2 * bytes_s + 0.01})
 
 
 def test_within_a_node_no_nic_is_needed() -> None:
     env, net, costs = network()
-    sends = {"between": net.send(0, 1, 100_000), "within": net.send(0, 0, 100_000)}
-    assert arrivals(env, sends)["within"] == approx(costs.transfer_s(100_000, same_node=True))
+    sends = {"between": net.send(0, 1, 100_000, 8), "within": net.send(0, 0, 100_000, 8)}
+    assert arrivals(env, sends)["within"] == approx(costs.transfer_s(100_000, 8, same_node=True))
+
+
+def test_small_functions_hold_up_a_nic_for_longer() -> None:
+    env, net, _ = network()
+    size = 100_000 * 57_344
+    sends = {
+        "one GPU": net.send(0, 1, 100_000, 1),
+        "eight": net.send(0, 2, 100_000, 8),
+        "inside": net.send(0, 0, 100_000, 2),
+    }
+    expected = {"one GPU": size / 10e9 + 0.01, "eight": size / 10e9 + size / 40e9 + 0.01, "inside": size / 40e9 + 0.01}
+    assert arrivals(env, sends) == approx(expected)
 
 
 # --- the pool ---

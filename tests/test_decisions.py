@@ -142,8 +142,37 @@ def test_weights_may_be_as_stale_as_the_job_allows() -> None:
         backend.advance([Assign("a", (8,))])
 
 
-def test_a_function_that_starts_later_has_the_newest_weights() -> None:
-    learned(cluster()).advance([Start("late", 1, ("decode",)), Assign("late", (4, 5, 6, 7))])
+def test_a_function_that_starts_later_has_the_first_weights_until_synced() -> None:
+    late = Start("late", 1, ("decode",))
+    with pytest.raises(InvalidDecision) as raised:
+        learned(cluster()).advance([late, Assign("late", (4,))])
+    refuse(raised.value, Assign("late", (4,)), "'late' holds stale weights of version 0, and step 1", "Sync it first")
+    backend = learned(cluster())
+    observation = backend.advance([late, Sync(("late",)), Assign("late", (4, 5, 6, 7)), Subscribe(At(0.0))])
+    assert observation is not None
+    assert observation.functions["late"].weights_version == 1
+    assert observation.functions["a"].weights_version == 0  # it sends, and takes nothing in
+
+
+def test_a_function_that_starts_before_anything_is_learned_needs_no_sync() -> None:
+    backend = cluster()
+    backend.advance([*STARTS, Start("late", 1, ("decode",)), Subscribe(At(1e4)), Sync(("late",))])
+    observation = backend.advance([Assign("late", (0, 1, 2, 3)), Subscribe(Completions(4))])
+    assert observation is not None
+    assert observation.functions["late"].weights_version == 0
+
+
+def test_a_sync_needs_all_learners_awake() -> None:
+    decision = Sync(("a", "d"))
+    with pytest.raises(InvalidDecision) as raised:
+        learned(cluster()).advance([Park("b"), decision])
+    refuse(raised.value, decision, "learners b are parked", "Wake them")
+    learned(cluster()).advance([Park("b"), Wake("b"), decision, Assign("d", (4, 5, 6, 7))])
+    learned(cluster()).advance([decision, Park("b"), Assign("d", (4, 5, 6, 7))])
+
+
+def test_a_sync_of_what_is_new_asks_for_no_learner() -> None:
+    learned(cluster()).advance([Sync(("d",)), Park("b"), Sync(("d",)), Assign("d", (4, 5, 6, 7))])
 
 
 def test_learning_takes_all_learners() -> None:

@@ -52,11 +52,12 @@ class RLHFuse:
         self.params = params or self.Params()
         self.functions: tuple[str, ...] = ()
         self.freed: set[str] = set()  # engines that prepare while others still generate
+        self.left: list[int] = []  # unprepared, and not given to anyone in this call
 
     def decide(self, observation: Observation) -> Sequence[Decision]:
         """As `verl`, with a migration when the tail begins."""
         decisions: list[Decision] = []
-        freed_before = self.freed
+        freed_before, self.left = self.freed, list(observation.unprepared)
         if not self.functions:
             decisions += self.set_up(observation)
         for event in observation.events:
@@ -69,7 +70,7 @@ class RLHFuse:
                 case UnfinishedBelow():
                     decisions += self.fuse(observation)
                 case StageFinished(stage="generation"):
-                    decisions += self.prepare_rest(observation)
+                    decisions += self.prepare_rest()
                 case StageFinished(stage="preparation"):
                     decisions.append(Learn(self.functions))
         ready = [event.function for event in observation.events if isinstance(event, FunctionIdle)]
@@ -107,19 +108,19 @@ class RLHFuse:
 
     def prepare_next(self, functions: Sequence[str], observation: Observation) -> list[Decision]:
         """A piece of what is finished for each of *functions*: small, so that the end can be shared by all."""
-        left = list(observation.unprepared)
         piece = -(-observation.job.responses_per_step // (PIECES * len(self.functions)))
         decisions: list[Decision] = []
         for function in functions:
-            taken, left = left[:piece], left[piece:]
+            taken, self.left = self.left[:piece], self.left[piece:]
             if taken:
                 decisions.append(Prepare((function,), tuple(taken)))
         return decisions
 
-    def prepare_rest(self, observation: Observation) -> list[Decision]:
+    def prepare_rest(self) -> list[Decision]:
         """Generation is over: everyone prepares what is left."""
         self.freed = set()
-        return [Prepare(self.functions, observation.unprepared)] if observation.unprepared else []
+        rest, self.left = self.left, []
+        return [Prepare(self.functions, tuple(rest))] if rest else []
 
 
 def engine_slots(observation: Observation, gpus: int, roles: tuple[Role, ...]) -> int:

@@ -59,8 +59,8 @@ class Verl:
             match event:
                 case StepStarted(prompts=prompts):
                     decisions += [Sync(self.functions), *self.assign(prompts)]
-                case StageFinished(stage="generation"):
-                    decisions.append(Prepare(self.functions, observation.unprepared))
+                case StageFinished(stage="generation") if not any(isinstance(d, Prepare) for d in decisions):
+                    decisions.append(Prepare(self.functions, observation.unprepared))  # of two steps at once, too
                 case StageFinished(stage="preparation"):
                     decisions.append(Learn(self.functions))
         return decisions

@@ -113,7 +113,7 @@ class SimulatedBackend:
             while not self.triggers.events and not self._over:
                 self.env.step()
         except simpy.core.EmptySchedule:
-            raise PolicyStalled(self._stall_report()) from None
+            raise PolicyStalled(self._stall_report("nothing runs and no trigger is due")) from None
         while not self._over and self.env.peek() == self.env.now:
             self.env.step()  # all that happens at this moment is told at once
         if self._over:
@@ -154,10 +154,12 @@ class SimulatedBackend:
         self._idle_calls = 0 if acted or running else self._idle_calls + 1
         self._frozen_calls = self._frozen_calls + 1 if self.env.now == self._asked_at_s else 0
         self._asked_at_s = self.env.now
-        if max(self._idle_calls, self._frozen_calls) > CALLS_BEFORE_STALL:
-            raise PolicyStalled(self._stall_report())
+        if self._frozen_calls > CALLS_BEFORE_STALL:
+            raise PolicyStalled(self._stall_report(f"it was asked {self._frozen_calls} times at one moment"))
+        if self._idle_calls > CALLS_BEFORE_STALL:
+            raise PolicyStalled(self._stall_report(f"nothing ran in {self._idle_calls} calls"))
 
-    def _stall_report(self) -> str:
+    def _stall_report(self, why: str) -> str:
         states: dict[str, int] = {}
         for function in self.functions.values():
             waits = function.state is State.STARTING and not function.gpu_ids
@@ -167,7 +169,7 @@ class SimulatedBackend:
         unprepared = sum(step.unprepared for step in self.steps.values())
         shown = ", ".join(f"{count} {state}" for state, count in states.items() if state != "gone") or "none"
         return (
-            f"policy stalled at {self.env.now:.1f} s in step {max(self.steps)}: nothing runs and no trigger is due;"
+            f"policy stalled at {self.env.now:.1f} s in step {max(self.steps)}: {why};"
             f" {len(self.unassigned)} responses unassigned, {unfinished} unfinished, {unprepared} unprepared;"
             f" functions: {shown}"
         )

@@ -34,6 +34,7 @@ ROLE_SETS: tuple[tuple[Role, ...], ...] = (
 )  # fmt: skip
 EVERYTHING: tuple[Role, ...] = ("prefill", "decode", "prepare", "learn")
 MOST_FUNCTIONS = 9
+CALM_AFTER = 400  # calls; a sync waits for every function that starts, so the coming and going has to end
 
 
 class RandomPolicy:
@@ -49,19 +50,22 @@ class RandomPolicy:
         self.roles: dict[str, tuple[Role, ...]] = {}
         self.parked: set[str] = set()
         self.versions: dict[str, int] = {}
+        self.calls = 0
         self.learning = 0  # steps that Learn was decided for
         self.prepared: set[int] = set()
         self.decisions: list[Decision] = []
 
     def decide(self, observation: Observation) -> Sequence[Decision]:
         self.decisions = []
+        self.calls += 1
         if not self.roles:
             self.begin(observation)
         for event in observation.events:
             if isinstance(event, StageFinished) and event.stage == "preparation" and event.step is not None:
                 self.prepared.add(event.step)
         for choice in self.random.sample(self.CHOICES, len(self.CHOICES)):
-            choice(self, observation)
+            if self.calls < CALM_AFTER or choice not in self.UNREST:
+                choice(self, observation)
         wait_s = self.random.choice((0.01, 0.3, 5.0, 40.0))
         self.do(Subscribe(At(observation.time_s + wait_s)))
         return self.decisions
@@ -180,3 +184,4 @@ class RandomPolicy:
         maybe_start, maybe_park, maybe_wake, maybe_release, maybe_sync, maybe_assign, maybe_migrate, maybe_prepare,
         maybe_learn,
     )  # fmt: skip
+    UNREST = (maybe_start, maybe_park, maybe_release, maybe_migrate)

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 from clusters import Lengths, make_backend, make_costs, make_job
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from random_policy import RandomPolicy
 
@@ -185,7 +185,13 @@ def assert_same(first: Frames, second: Frames) -> None:
 def test_books_are_in_order_whatever_is_decided() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+    @settings(
+        max_examples=120,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        derandomize=True,
+        phases=[Phase.generate],  # the smallest seed that fails is no simpler than the first
+    )
     @given(st.integers(0, 2**31), st.integers(0, 1))
     def check(seed: int, max_staleness: int) -> None:
         case = Case.make(seed, max_staleness)

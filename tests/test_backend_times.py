@@ -30,6 +30,7 @@ from simrl.policies.contract import (
     Wake,
 )
 from simrl.simulator.costs import Costs
+from simrl.traces.job import Engine
 from simrl.traces.records import Recorder
 
 COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")
@@ -342,3 +343,182 @@ def test_intervals_tell_state_role_and_stage() -> None:
         ("cold", "decode", None),  # the engine goes to sleep
         ("busy", "prepare", "preparation"), ("busy", "learn", "learning"),
     ]  # fmt: skip
+
+
+# --- syncs ---
+
+
+def test_all_learners_take_part_in_a_sync_as_senders() -> None:
+    steps = [[[1], [1]], [[1], [1]]]
+    costs = make(steps)
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Start("b", 1, ("learn",)), Start("d", 1, ("decode",))],
+        "d started": [Assign("d", (0, 1))],
+        "generation 0": [Prepare(("a",), (0, 1))],
+        "preparation 0": [Learn(("a", "b"))],
+        "step 1": [Start("late", 1, ("decode",)), Sync(("late",)), Assign("late", (2, 3))],
+        "generation 1": [Prepare(("a",), (2, 3))],
+        "preparation 1": [Learn(("a", "b"))],
+    }
+    happened, recorder = tell(costs, steps, script)
+    at = dict(happened)
+    started_s = at["step 1"] + start_s(costs, cached=True)  # it holds up the learners, which wait idle
+    synced_s = started_s + costs.sync_s(1, 1)
+    assert at["generation 1"] == pytest.approx(synced_s + costs.times(1).prefill_s(40, 10), rel=1e-12)
+    workers = recorder.frames().workers
+    sync = workers[workers.stage == "weight_sync"]
+    sync = sync[sync.state == "busy"]
+    assert sorted(sync.function) == ["a", "b", "late"]  # d has no part in it
+    for _, row in sync.iterrows():
+        assert (row.start_s, row.end_s) == pytest.approx((started_s, synced_s), rel=1e-12)
+    waiting = workers[(workers.start_s == at["step 1"]) & workers.function.isin(["a", "b"])]
+    assert waiting.state.tolist() == ["idle", "idle"]
+    assert waiting.end_s.tolist() == pytest.approx([started_s, started_s], rel=1e-12)
+    samples = recorder.frames().samples
+    assert samples[samples.step == 1].weights_version.tolist() == [1, 1]
+
+
+# --- preparation ---
+
+
+def test_models_for_preparation_are_loaded_once_in_a_row() -> None:
+    steps = [[[3], [4], [5]]]
+    costs = make(steps)
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED)],
+        "a started": [Assign("a", (0, 1, 2))],
+        "generation 0": [Prepare(("a",), (0,)), Prepare(("a",), (1,)), Park("a"), Wake("a"), Prepare(("a",), (2,))],
+        "preparation 0": [Learn(("a",))],
+    }
+    happened, recorder = tell(costs, steps, script)
+    at, prepared_s = dict(happened), recorder.frames().samples.set_index("response_id").prepared_s
+    first_s = at["generation 0"] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(23, 1, 1)
+    second_s = first_s + costs.prepare_s(24, 1, 1, loaded=True)
+    third_s = second_s + costs.park_s(1, COLOCATED, 1) + costs.wake_s(1, COLOCATED, 1)
+    third_s += costs.switch_s(None, "prepare", 1) + costs.prepare_s(25, 1, 1)
+    assert prepared_s.tolist() == pytest.approx([first_s, second_s, third_s], rel=1e-12)
+    assert costs.prepare_s(24, 1, 1) - costs.prepare_s(24, 1, 1, loaded=True) > 1e-3
+
+
+def test_steps_are_prepared_in_their_order() -> None:
+    steps = [[[3]], [[3]]]
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Assign("a", (0, 1))],
+        "a drained": [Prepare(("a",), (1,)), Prepare(("a",), (0,))],
+        "preparation 0": [Learn(("a",))],
+        "preparation 1": [Learn(("a",))],
+    }
+    happened, recorder = tell(make(steps, max_staleness=1), steps, script)
+    told = [(name, time_s) for name, time_s in happened if name.startswith("preparation")]
+    prepared_s = recorder.frames().samples.set_index("response_id").prepared_s
+    assert prepared_s[1] < prepared_s[0]
+    assert told == [("preparation 0", prepared_s[0]), ("preparation 1", prepared_s[0])]
+
+
+# --- prefix caches ---
+
+BETWEEN: dict[str, tuple[list[Decision], int]] = {
+    "nothing": ([], 48),
+    "a preparation": ([Prepare(("a",), (0,))], 0),
+    "being parked": ([Park("a"), Wake("a")], 0),
+}
+
+
+@pytest.mark.parametrize("what", BETWEEN)
+def test_a_cached_prompt_is_forgotten_when_the_engine_gives_way(what: str) -> None:
+    between, cached = BETWEEN[what]
+    steps = [[[3, 5]]]
+    prepares = [0, 1] if what != "a preparation" else [1]
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Assign("a", (0,))],
+        "a drained": [*between, Assign("a", (1,))],
+        "generation 0": [Prepare(("a",), tuple(prepares))],
+        "preparation 0": [Learn(("a",))],
+    }
+    samples = tell(make(steps), steps, script, prompt_tokens=50)[1].frames().samples.set_index("response_id")
+    assert samples.cached_tokens.tolist() == [0, cached]
+    assert samples.prefill_tokens.tolist() == [50, 50 - cached]
+
+
+# --- what is observed between changes of the batch ---
+
+
+def test_observed_tokens_advance_with_the_iterations() -> None:
+    work = [[[60, 30]]]
+    costs = make_costs(make_job(work), parameters=EXACT_STARTS, engine=Engine(tensor_parallel=1, overhead_s=0.04))
+    backend, _ = make_backend(costs, work, 20)
+    backend.reset()
+    times, ready_s = costs.times(1), start_s(costs)
+    ends_s = [ready_s + times.prefill_s(24, (20 * 10 + 4 * 18) / 24)]  # the second finds a full block of 16 tokens
+    for n in range(1, 60):
+        ends_s.append(ends_s[-1] + times.decode_s(2 if n < 30 else 1, 20 + n))
+    decisions: list[Decision] = [Start("a", 1, COLOCATED), Assign("a", (0, 1))]
+    seen = []
+    for poll in range(-1, 25):
+        observation = backend.advance([*decisions, Subscribe(At(ready_s + 0.1 * poll + 0.01))])
+        decisions = []
+        assert observation is not None
+        done = sum(end_s <= observation.time_s for end_s in ends_s)
+        assert observation.response(0).context_tokens == 20 + done
+        assert observation.response(1).context_tokens == 20 + min(done, 30)
+        blocks = 0
+        if 0 < done < 60:  # the newest token has no KV; the first block is shared
+            own = [max(-(-(20 + done - 1) // 16) - 1, 0)] * (2 if done < 30 else 1)
+            blocks = 1 + sum(own)
+        if done or poll < 0:
+            engine_blocks = costs.kv_blocks(1, 1)
+            assert observation.functions["a"].kv_used == pytest.approx(blocks / engine_blocks, abs=1e-12)
+        seen.append(done)
+    assert seen[-1] > 40
+    assert len(set(seen)) > 20
+
+
+def test_free_slots_are_reckoned_at_the_observed_context() -> None:
+    work = [[[10], [30]], [[10], [30]]]
+    costs = make_costs(
+        make_job(work, max_prompt_tokens=1024, max_response_tokens=4096), parameters=EXACT_STARTS, nodes=1
+    )
+    backend, _ = make_backend(costs, work, [900, 1000])
+    backend.reset()
+    listen = [Subscribe(StageFinished("generation")), Subscribe(StageFinished("preparation"))]
+    observation = backend.advance([*listen, Start("a", 1, COLOCATED), Assign("a", (0, 1))])
+    assert observation is not None
+    before = costs.flat_batch(1, (900 + 1000) / 2 + 4096 / 8)
+    assert observation.functions["a"].free_slots == observation.estimates.flat_batch(1) == before
+    backend.advance([Prepare(("a",), (0, 1))])
+    observation = backend.advance([Learn(("a",))])
+    assert observation is not None
+    after = costs.flat_batch(1, (900 + 1000) / 2 + (10 + 30) / 2 / 2)
+    assert observation.functions["a"].free_slots == observation.estimates.flat_batch(1) == after
+    assert after > before
+
+
+def test_kv_is_sent_as_fast_as_the_smaller_function_can() -> None:
+    steps = [[[10]]]
+    costs = make_costs(make_job(steps), parameters={**EXACT_STARTS, "gpu": {"l40s": {"link_bytes_per_s": 1e6}}})
+    times = costs.times(2)
+    first_s = start_s(costs, 2) + times.prefill_s(20, 10)
+    cut_s = first_s + 1e-4
+    script: Script = {
+        "step 0": [Start("a", 2, ("decode",)), Start("b", 1, COLOCATED), Assign("a", (0,)), Subscribe(At(cut_s))],
+        f"at {cut_s:g}": [Migrate((0,), "b"), Release("a")],
+        "generation 0": [Prepare(("b",), (0,))],
+        "preparation 0": [Learn(("b",))],
+    }
+    workers = tell(costs, steps, script)[1].frames().workers
+    last = workers[workers.function == "a"].iloc[-1]
+    left_s = first_s + times.decode_s(1, 21)
+    ready_s = max(left_s, start_s(costs))  # one GPU takes longer to load the weights
+    assert last.end_s == pytest.approx(ready_s + 0.005 + 21 * costs.kv_token_bytes / 1e6, rel=1e-12)
+
+
+def test_a_prepared_step_is_told_once_while_it_waits_for_the_next() -> None:
+    steps = [[[3]], [[3]]]
+    script: Script = {
+        "step 0": [Start("a", 1, COLOCATED), Assign("a", (0, 1))],
+        "a drained": [Prepare(("a",), (0,)), Prepare(("a",), (1,))],
+        "preparation 1": [Learn(("a",)), Learn(("a",))],
+    }
+    happened, _ = tell(make(steps, max_staleness=1), steps, script)
+    told = [name for name, _ in happened if name.startswith("preparation")]
+    assert told == ["preparation 0", "preparation 1"]

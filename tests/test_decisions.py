@@ -33,7 +33,7 @@ from simrl.policies.contract import (
     Wake,
     drive,
 )
-from simrl.simulator.backend import SimulatedBackend
+from simrl.simulator.backend import CALLS_BEFORE_STALL, SimulatedBackend
 from simrl.traces.job import Engine
 
 COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")
@@ -260,6 +260,45 @@ def test_a_run_that_is_over_takes_no_decisions() -> None:
         backend.advance([])
 
 
+# --- host memory ---
+
+
+def parkable(host_functions: float, nodes: int) -> SimulatedBackend:
+    """A cluster whose nodes have host memory for so many parked functions of 2 GPUs that decode."""
+    work = [[[3]]]
+    size = 2 * make_costs(make_job(work)).weight_bytes / 2
+    memory = {"node": {"g6e.48xlarge": {"host_memory_bytes": host_functions * size}}}
+    backend, _ = make_backend(make_costs(make_job(work), nodes=nodes, parameters=memory), work)
+    backend.reset()
+    return backend
+
+
+def park_all(count: int, place: Any) -> list[Decision]:
+    starts = [Start(f"f{i}", 2, ("decode",), place(i)) for i in range(count)]
+    return [*starts, Subscribe(At(1e4)), *(Park(start.function) for start in starts)]
+
+
+def test_functions_parked_on_one_node_share_its_host_memory() -> None:
+    parkable(2.5, 3).advance(park_all(2, lambda i: 1))
+    with pytest.raises(InvalidDecision, match="parked on one node would take"):
+        parkable(2.5, 3).advance(park_all(3, lambda i: 1))
+
+
+def test_functions_parked_on_other_nodes_take_none_of_it() -> None:
+    parkable(2.5, 3).advance(park_all(6, lambda i: i % 3))
+
+
+def test_functions_without_a_node_are_not_summed() -> None:
+    parkable(2.5, 3).advance(park_all(6, lambda i: None))
+    with pytest.raises(InvalidDecision, match="parked on one node would take"):
+        parkable(0.5, 3).advance(park_all(1, lambda i: None))  # no node has room for it
+
+
+def test_a_woken_function_gives_its_host_memory_back() -> None:
+    decisions = park_all(2, lambda i: 0)
+    parkable(2.5, 1).advance([*decisions, Start("x", 2, ("decode",), 0), Wake("f0"), Park("x")])
+
+
 # --- a policy that starves the cluster ---
 
 
@@ -286,6 +325,22 @@ class NeverPrepares:
         return [*STARTS, Assign("a", (0, 1, 2, 3))] if not observation.functions else []
 
 
+class Frozen:
+    """Starts functions, and answers with what brings it the same question again; never lets time go on."""
+
+    def __init__(self, times: int = 10**9) -> None:
+        self.times, self.calls = times, 0
+
+    def decide(self, observation: Observation) -> Sequence[Decision]:
+        if not observation.functions:
+            return [*STARTS, Subscribe(FunctionIdle("a"))]
+        self.calls += 1
+        assert self.calls < CALLS_BEFORE_STALL + 5, "nobody stops it"
+        if self.calls < self.times:
+            return [Assign("a", ())]
+        return [Assign("a", (0, 1, 2, 3))] if observation.unassigned else []
+
+
 FULL = Start("all", 8, COLOCATED)
 STALLED: dict[str, tuple[Policy, str]] = {
     "does nothing": (Idle(), "4 responses unassigned"),
@@ -294,6 +349,7 @@ STALLED: dict[str, tuple[Policy, str]] = {
     "waits for ever with a function": (Waits(*STARTS), "3 idle"),
     "waits for ever for GPUs that it holds": (Waits(FULL, Start("more", 1, ("decode",))), "1 waiting for GPUs"),
     "syncs for ever what is new": (Waits(*STARTS, always=[Sync(("a",))]), "3 idle"),
+    "answers idleness with no work": (Frozen(), "4 responses unassigned"),
     "parks and forgets": (Waits(*STARTS, Park("a"), Park("b")), "2 parked"),
 }
 
@@ -302,6 +358,12 @@ STALLED: dict[str, tuple[Policy, str]] = {
 def test_a_policy_that_starves_the_cluster_is_stopped(name: str) -> None:
     policy, words = STALLED[name]
     with pytest.raises(PolicyStalled, match=words):
+        drive(cluster(), policy)
+
+
+def test_a_policy_may_be_asked_many_times_at_one_moment() -> None:
+    policy = Frozen(CALLS_BEFORE_STALL - 5)
+    with pytest.raises(PolicyStalled, match="0 unfinished, 4 unprepared"):  # it has generated
         drive(cluster(), policy)
 
 

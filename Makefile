@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Symlinked packages need the plain .pth form of editable installs (docs/design.md).
 INSTALL := $(PIP) install --config-settings editable_mode=compat
 
-.PHONY: run test real check types unit wheel clean
+.PHONY: run test real check types unit clean
 
 run: $(VENV)/core.done  ## install the core and simulate the main job
 	$(BIN)/simrl run --policy rlhfless --nodes 20

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from simrl.experiments import toml_text
 from simrl.policies.registry import load_policy_class, params_class
 from simrl.traces.job import Billing, Cluster, Engine, Job, Section
-from simrl.traces.lengths import load_workload
+from simrl.traces.lengths import load_workload, workload_names
 from simrl.traces.models import load_model
 from simrl.traces.parameters import Parameters, check_known, shipped_parameters
 
@@ -224,7 +224,15 @@ def _resolve(layers: Sequence[Layer], policies: Sequence[str] | None) -> Config:
         _check_params(policy_class, params, merged)
     config: Config = _validated(Config, {**tree, "policy": name.value, "policy_params": params}, merged, ())
     _check_names(config, merged)
-    return config
+    return _with_whole_path(config)
+
+
+def _with_whole_path(config: Config) -> Config:
+    """A workload file by its absolute path, so that the run's config.toml means the same from everywhere."""
+    if config.job.workload in workload_names():
+        return config
+    path = str(Path(config.job.workload).resolve())
+    return config.model_copy(update={"job": config.job.model_copy(update={"workload": path})})
 
 
 def _merge(layers: Sequence[Layer]) -> dict[toml_text.Path, Given]:

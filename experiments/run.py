@@ -184,6 +184,8 @@ def _drive(simulation: Simulation, policy: Policy, name: str) -> None:
     except (InvalidDecision, PolicyStalled) as error:
         error.add_note(f"policy {name!r}")
         raise
+    except SystemExit as error:
+        raise RuntimeError(f"policy {name!r} called sys.exit({error.code!r})") from error
     except ValueError as error:
         # What only a policy can judge, once it sees the cluster, it says so: "policy.learner_gpus=3 must be ...".
         if _ABOUT_A_KEY.match(str(error)):
@@ -230,6 +232,8 @@ def check_directory(directory: Path) -> None:
         RunDirectoryError: it exists and is not empty, is no directory, or cannot be made.
     """
     if directory.is_dir():
+        if directory.samefile("."):  # it would vanish from under the user's shell
+            raise RunDirectoryError(f"output {str(directory)!r} is the working directory: name another one (--output)")
         if os.path.ismount(directory):  # nothing can be renamed onto it
             raise RunDirectoryError(f"output {str(directory)!r} is a mount point: name a directory in it (--output)")
         if any(directory.iterdir()):

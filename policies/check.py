@@ -16,7 +16,6 @@ from simrl.policies.contract import (
     Policy,
     PolicyStalled,
     State,
-    Subscribe,
     drive,
 )
 
@@ -63,12 +62,12 @@ def check_policy(policy: Policy, backends: Mapping[str, Callable[[], Backend]]) 
                 f" (call {_first_difference(first, again)}): it keeps state outside itself, or uses a global random"
                 f" generator or the clock"
             )
-        passed.append(f"{name}: {len(first)} calls, {sum(map(len, first))} decisions, the same twice")
+        passed.append(f"{name}: {len(first)} calls, {sum(map(len, first)) - len(first)} decisions, the same twice")
     return passed
 
 
 def _run(policy: Policy, name: str, make_backend: Callable[[], Backend]) -> list[tuple[str, ...]]:
-    """Every call's decisions, as text."""
+    """Every call's time and decisions, as text."""
     watched = _Watched(policy)
     try:
         drive(make_backend(), watched)
@@ -78,7 +77,7 @@ def _run(policy: Policy, name: str, make_backend: Callable[[], Backend]) -> list
         raise PolicyCheckFailed(f"on {name}: it starves the cluster: {error}") from error
     except _Mutated as error:
         raise PolicyCheckFailed(f"on {name}: it changes what it observes: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not watched.log.deciding:
             raise  # the backend's own fault
         raise PolicyCheckFailed(f"on {name}: decide raised {type(error).__name__}: {error}") from error
@@ -132,7 +131,7 @@ class _Watched:
         self.log.deciding = False
         functions = observation.functions
         self.log.waiting = {n for n, f in functions.items() if f.state is State.STARTING and f.node is None}
-        self.log.calls.append(tuple(repr(d) for d in decisions if not isinstance(d, Subscribe)))
+        self.log.calls.append((f"at {observation.time_s!r}", *map(repr, decisions)))
         return decisions
 
 
@@ -151,6 +150,7 @@ def _fingerprint(observation: Observation) -> dict[str, str]:
         "unprepared": observation.unprepared,
         "history": tuple(observation.history),
         "job": observation.job,
+        "engine": observation.engine,
         "time": (observation.time_s, observation.step, observation.weights_version),
     }
     return {name: repr(value) for name, value in seen.items()}

@@ -336,7 +336,7 @@ class Observation(Protocol):
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """All that happened since the last call."""
+        """All that happened since the last call; what happened at one moment stands in no particular order."""
 
     @property
     def job(self) -> Job:

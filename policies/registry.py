@@ -90,4 +90,9 @@ def build_policy(policy_class: type[Policy], params: Mapping[str, Any], oracle: 
         raise ValueError(f"policy.{next(iter(params))}: {policy_class.__name__} has no parameters")
     if "oracle" in inspect.signature(policy_class).parameters:
         arguments["oracle"] = oracle
-    return policy_class(**arguments)
+    try:
+        return policy_class(**arguments)
+    except ValueError:
+        raise
+    except Exception as error:  # somebody else's code may fail in any way
+        raise ValueError(f"{policy_class.__name__} cannot be made: {type(error).__name__}: {error}") from error

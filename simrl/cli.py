@@ -36,7 +36,9 @@ def _whole_number(text: str) -> int:
 
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
-PolicyOption = Annotated[str | None, typer.Option(help="Installed name or package.module:Class.", metavar="NAME")]
+PolicyOption = Annotated[
+    str | None, typer.Option(help="Installed name or package.module:Class; by default verl.", metavar="NAME")
+]
 NodesOption = Annotated[
     int | None, typer.Option(parser=_whole_number, help="cluster.nodes; by default the preset's.", metavar="N")
 ]

@@ -105,6 +105,8 @@ class SimulatedBackend:
         self._view.expire()
         if self._over:
             raise RuntimeError("the job is over: reset() begins a new one")
+        if not isinstance(decisions, Sequence):
+            raise InvalidDecision(decisions, "decide returned no sequence", "a list or tuple of decisions")
         for decision in decisions:
             self._carry_out(decision)
         self._check_memory(decisions)

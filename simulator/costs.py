@@ -16,7 +16,7 @@ from simrl.traces.iteration import IterationTimes, load_iteration_times, rooflin
 from simrl.traces.job import Engine as EngineSpec
 from simrl.traces.job import Job
 from simrl.traces.models import Model, load_model
-from simrl.traces.parameters import Parameter, Parameters, check_known
+from simrl.traces.parameters import Parameter, Parameters, check_known, set_by_user
 
 GB = 1e9
 
@@ -91,9 +91,7 @@ class Costs:
         if given is None:
             return self._parameters.number(key)
         shipped = self._parameters.entry(key)
-        self._parameters.note(
-            Parameter(key, given, shipped.unit, shipped.status, f"set by the user; shipped: {shipped.value}")
-        )
+        self._parameters.note(set_by_user(shipped, float(given)))
         return given
 
     # --- engine iterations ---
@@ -112,10 +110,11 @@ class Costs:
         return times
 
     def _overhead_s(self) -> float:
-        if self.engine.overhead_s is not None:
+        given = self.engine.overhead_s
+        if given is not None:
             key = f"engine.{self.engine.preset}.overhead_s"
-            self._parameters.note(Parameter(key, self.engine.overhead_s, "s", "measured", "set by the user"))
-            return self.engine.overhead_s
+            self._parameters.note(Parameter(key, given, "s", "assumed", "set by the user", given, given))
+            return given
         return self._parameters.number(f"engine.{self.engine.preset}.overhead_s_per_layer") * self.model.layers
 
     def _roofline(self, gpus: int, calibration: float, overhead_s: float) -> IterationTimes:

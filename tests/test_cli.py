@@ -95,13 +95,16 @@ def in_process_of_its_own(*arguments):
     [
         (["--policy", "rlhfles"], "did you mean 'rlhfless'?"),
         (["--policy", "ver"], "did you mean 'verl'?"),
-        (["--nodes", "0"], "nodes=0 must be at least 1 (--nodes)"),
+        (["--nodes", "0"], "nodes=0 must be at least 1 and at most 10000 (--nodes)"),
         (["--nodes", "abc"], "Invalid value for '--nodes': 'abc' is not a whole number"),
-        (["--steps", "0"], "steps=0 must be at least 1 (--steps)"),
+        (["--steps", "0"], "steps=0 must be at least 1 and at most 1000000 (--steps)"),
         (["--nodez", "3"], "No such option"),
         (["--config", "missing.toml"], "config file 'missing.toml' does not exist (--config)"),
         (["--set", "job.stps=3"], "job.stps is unknown; did you mean 'job.steps'? (--set job.stps=3)"),
-        (["--set", "job.steps=abc"], "job.steps='abc' must be a whole number of at least 1 (--set job.steps=abc)"),
+        (
+            ["--set", "job.steps=abc"],
+            "job.steps='abc' must be a whole number of at least 1 and at most 1000000 (--set job.steps=abc)",
+        ),
         (["--preset", "g7"], "preset='g7' is unknown"),
         (["surplus"], "unexpected extra argument"),
     ],
@@ -164,7 +167,11 @@ def test_a_bug_in_a_policy_keeps_its_traceback(third_party):
 
 def test_exit_codes_of_the_process():
     done = in_process_of_its_own("run", "--nodes", "0")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "simrl: nodes=0 must be at least 1 (--nodes)\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "simrl: nodes=0 must be at least 1 and at most 10000 (--nodes)\n",
+    )
     done = in_process_of_its_own("run", "--nodes", "abc")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     done = in_process_of_its_own("run", *SMALL, "--json")

@@ -145,11 +145,20 @@ def test_policies_of_a_comparison_share_parameters():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nodes": 0}, "nodes=0 must be at least 1 (--nodes)"),
+        ({"nodes": 0}, "nodes=0 must be at least 1 and at most 10000 (--nodes)"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
-        ({"sets": ["job.steps=abc"]}, "job.steps='abc' must be a whole number of at least 1 (--set job.steps=abc)"),
-        ({"sets": ["job.steps=true"]}, "job.steps=true must be a whole number of at least 1 (--set job.steps=true)"),
-        ({"sets": ["job.steps=1.5"]}, "job.steps=1.5 must be a whole number of at least 1 (--set job.steps=1.5)"),
+        (
+            {"sets": ["job.steps=abc"]},
+            "job.steps='abc' must be a whole number of at least 1 and at most 1000000 (--set job.steps=abc)",
+        ),
+        (
+            {"sets": ["job.steps=true"]},
+            "job.steps=true must be a whole number of at least 1 and at most 1000000 (--set job.steps=true)",
+        ),
+        (
+            {"sets": ["job.steps=1.5"]},
+            "job.steps=1.5 must be a whole number of at least 1 and at most 1000000 (--set job.steps=1.5)",
+        ),
         ({"sets": ["engine.overhead_s=nan"]}, "engine.overhead_s=nan must be a number of at least 0"),
         (
             {"sets": ["engine.gpu_memory_utilization=2"]},
@@ -218,7 +227,7 @@ def test_unknown_keys_of_a_file_come_with_their_line(toml_file):
 
 def test_wrong_values_of_a_file_come_with_their_line(toml_file):
     file = toml_file('[cluster]\nnodes = 2\n[job] # steps = 1\nmodel = "qwen2.5-3b"\nsteps = 0\n')
-    assert refused(config=file) == f"job.steps=0 must be a whole number of at least 1 ({file}:5)"
+    assert refused(config=file) == f"job.steps=0 must be a whole number of at least 1 and at most 1000000 ({file}:5)"
 
 
 def test_malformed_toml_comes_with_its_line(toml_file):
@@ -257,7 +266,7 @@ def test_values_can_be_set_by_path():
     other = config.with_values({"cluster.nodes": 7, "policy.lambda": 0.9})
     assert (other.cluster.nodes, other.policy_params) == (7, {"lambda": 0.9})
     assert (other.policy, other.engine.calibration) == (TUNED, 1.5)
-    with pytest.raises(ConfigError, match=r"cluster\.nodes=0 must be a whole number of at least 1"):
+    with pytest.raises(ConfigError, match=r"cluster\.nodes=0 must be a whole number of at least 1 and at most 10000"):
         config.with_values({"cluster.nodes": 0})
 
 

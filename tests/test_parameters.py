@@ -88,8 +88,18 @@ def test_an_override_is_noted_with_what_it_replaced() -> None:
     assert parameters.number("gpu.l40s.learn_mfu") == 0.4
     used = {parameter.key: parameter for parameter in parameters.used()}
     shipped = shipped_parameters()["gpu.l40s.learn_mfu"]
-    assert used["gpu.l40s.learn_mfu"].source.startswith(f"set by the user; shipped: {shipped.value}")
-    assert shipped.source in used["gpu.l40s.learn_mfu"].source
+    entry = used["gpu.l40s.learn_mfu"]
+    assert entry.source.startswith(f"set by the user; shipped: {shipped.value}")
+    assert shipped.source in entry.source
+    assert (entry.status, entry.low, entry.high) == ("assumed", entry.value, entry.value)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"), [({"learn_mfu": 0}, "must be above 0"), ({"learn_mfu": 1.5}, "at most 1: it is a share")]
+)
+def test_impossible_values_are_refused(gpu, reason):
+    with pytest.raises(ValueError, match=reason):
+        Parameters({"gpu": {"l40s": gpu}})
 
 
 def test_an_override_leaves_the_shipped_table_alone() -> None:

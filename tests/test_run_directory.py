@@ -103,11 +103,10 @@ def test_an_empty_directory_is_filled(result, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
 
 
-def test_the_working_directory_is_filled_when_empty(result, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    write_run(result, Path())
-    assert {path.name for path in (tmp_path / "here").iterdir()} == FILES
+def test_the_working_directory_is_not_replaced_under_its_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunDirectoryError, match="is the working directory"):
+        check_directory(Path())
 
 
 def test_mount_points_are_refused(tmp_path, monkeypatch):

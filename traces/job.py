@@ -19,11 +19,13 @@ class Job(Section):
     algorithm: Literal["grpo", "ppo"] = "grpo"
     model: str = "qwen2.5-7b"
     workload: str = Field("gsm8k", description="a shipped length model, or a path to a workload TOML")
-    prompts_per_step: int = Field(1024, ge=1)
-    responses_per_prompt: int = Field(4, ge=1)
+    prompts_per_step: int = Field(1024, ge=1, le=1_000_000)
+    responses_per_prompt: int = Field(4, ge=1, le=10_000)
     mini_batch_prompts: int = Field(256, ge=1, description="prompts an optimizer step; verl's GSM8K examples")
-    steps: int = Field(45, ge=1)
-    dataset_prompts: int = Field(7473, ge=1, description="prompts in one epoch; 7473 is GSM8K's training split")
+    steps: int = Field(45, ge=1, le=1_000_000)
+    dataset_prompts: int = Field(
+        7473, ge=1, le=10_000_000, description="prompts in one epoch; 7473 is GSM8K's training split"
+    )
     max_prompt_tokens: int = Field(1024, ge=1)
     max_response_tokens: int = Field(2048, ge=1)
     max_staleness: int = Field(0, ge=0, description="steps that weights may be behind when a response is generated")
@@ -51,7 +53,7 @@ class Cluster(Section):
     """
 
     node_type: str = "g6e.48xlarge"
-    nodes: int = Field(2, ge=1)
+    nodes: int = Field(2, ge=1, le=10_000)
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 

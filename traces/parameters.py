@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
+NEVER_ZERO = ("B/s", "FLOP/s", "GPU", "core", "response", "token", "1")  # units of what is divided by
+SHARES = ("mfu", "efficiency", "utilization")
 STATUSES = ("measured", "derived", "assumed")
 
 
@@ -58,9 +60,11 @@ class Parameters:
             raise ValueError(
                 f"cluster.parameters.{key}={value!r} must be a finite number of at least 0 ({shipped.unit})"
             )
-        self._table[key] = replace(
-            shipped, value=value, source=f"set by the user; shipped: {shipped.value} ({shipped.source})"
-        )
+        if isinstance(value, float) and not value and shipped.unit in NEVER_ZERO:
+            raise ValueError(f"cluster.parameters.{key}=0 must be above 0 ({shipped.unit})")
+        if isinstance(value, float) and value > 1 and key.endswith(SHARES):
+            raise ValueError(f"cluster.parameters.{key}={value!r} must be at most 1: it is a share")
+        self._table[key] = set_by_user(shipped, value)
 
     def entry(self, key: str) -> Parameter:
         """The parameter at *key*, noted as used."""
@@ -91,6 +95,19 @@ class Parameters:
     def used(self) -> list[Parameter]:
         """Every parameter that was read or noted, by key."""
         return [self._used[key] for key in sorted(self._used)]
+
+
+def set_by_user(shipped: Parameter, value: float | bool | str) -> Parameter:
+    """A user's value in place of a shipped one: an assumption of theirs, without a range of ours."""
+    number = isinstance(value, float)
+    return replace(
+        shipped,
+        value=value,
+        status="assumed",
+        source=f"set by the user; shipped: {shipped.value} ({shipped.source})",
+        low=float(value) if number else None,
+        high=float(value) if number else None,
+    )
 
 
 def section_names(table: Mapping[str, Parameter], section: str) -> list[str]:

@@ -102,7 +102,7 @@ def run(config: Config, *, policy: Policy | None = None, progress: Progress | No
         policy_wall_s=simulation.backend.policy_wall_s,
         wall_s=wall_s,
     )
-    warnings = _note_extrapolation(simulation, frames.workers)
+    warnings = _table_warnings(simulation, frames.workers)
     return Result(config, summary, frames, simulation.parameters.used(), warnings)
 
 
@@ -202,7 +202,7 @@ def _note_workload(lengths: LengthModel, parameters: Parameters) -> None:
     parameters.note(Parameter("workload.prompt_tokens", round(mean, 2), "token", lengths.status, source))
 
 
-def _note_extrapolation(simulation: Simulation, workers: pd.DataFrame) -> tuple[str, ...]:
+def _table_warnings(simulation: Simulation, workers: pd.DataFrame) -> tuple[str, ...]:
     """Warn of iteration times without a table, and of look-ups beyond a table's ends; list the latter."""
     costs, warnings = simulation.costs, []
     for gpus in sorted({int(n) for n in workers.loc[workers["role"].isin(["decode", "prefill"]), "gpus"].unique()}):

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from simrl.policies.contract import (
-    Assign,
     Decision,
     Function,
     FunctionIdle,
@@ -29,7 +28,7 @@ from simrl.policies.contract import (
     Sync,
     UnfinishedBelow,
 )
-from simrl.policies.verl import chunks, responses_of, start_everywhere
+from simrl.policies.verl import assign_shares, chunks, start_everywhere
 
 PIECES = 8  # pieces that an engine's fair share of a step's preparation is done in (our reconstruction)
 
@@ -64,9 +63,7 @@ class RLHFuse:
             match event:
                 case StepStarted(prompts=prompts):
                     shares = chunks(prompts, len(self.functions))
-                    pairs = zip(self.functions, shares, strict=True)
-                    decisions.append(Sync(self.functions))
-                    decisions += [Assign(function, responses_of(share)) for function, share in pairs if share]
+                    decisions += [Sync(self.functions), *assign_shares(self.functions, shares)]
                 case UnfinishedBelow():
                     decisions += self.fuse(observation)
                 case StageFinished(stage="generation"):

@@ -71,8 +71,7 @@ class Verl:
             shares = chunks(prompts, len(self.functions))
         else:
             shares = [tuple(share) for share in least_loaded(prompts, len(self.functions))]
-        pairs = zip(self.functions, shares, strict=True)
-        return [Assign(function, responses_of(share)) for function, share in pairs if share]
+        return assign_shares(self.functions, shares)
 
 
 def start_everywhere(observation: Observation, roles: tuple[Role, ...] = COLOCATED) -> list[Start]:
@@ -106,6 +105,12 @@ def least_loaded(prompts: Sequence[Prompt], parts: int) -> list[list[Prompt]]:
         shares[lightest].append(prompt)
         loads[lightest] += prompt.tokens
     return shares
+
+
+def assign_shares(functions: Sequence[str], shares: Sequence[Sequence[Prompt]]) -> list[Decision]:
+    """Each function its share of the prompts; those with none are left alone."""
+    pairs = zip(functions, shares, strict=True)
+    return [Assign(function, responses_of(share)) for function, share in pairs if share]
 
 
 def responses_of(prompts: Sequence[Prompt]) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ from simrl.simulator.triggers import Triggers, trigger_problem
 from simrl.simulator.view import View
 from simrl.traces.records import Recorder
 
-CALLS_BEFORE_STALL = 1000  # a policy may subscribe to At(...) and wait; it may not wait for ever
+CALLS_BEFORE_STALL = 1000
 """Times a policy may be asked in a row with nothing running, or at one and the same moment, before it is stalled."""
 
 
@@ -238,7 +238,7 @@ class SimulatedBackend:
             function.assigned_by_step.pop(state.step, None)
             function.unfinished_by_step.pop(state.step, None)
 
-    # --- what functions report (Listener) ---
+    # --- what functions report ---
 
     def idle(self, function: SimFunction, after: str) -> None:
         """Tell those who asked."""

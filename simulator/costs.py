@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from simrl.policies.contract import Role
+from simrl.simulator.engine import BLOCK_TOKENS
 from simrl.traces.iteration import IterationTimes, load_iteration_times, roofline_iteration_times
 from simrl.traces.job import Engine as EngineSpec
 from simrl.traces.job import Job
@@ -183,9 +184,9 @@ class Costs:
         by_share = share * memory - self.weight_bytes / gpus - activations
         return min(by_share, 0.98 * memory - self.engine_bytes(gpus, learner_world))
 
-    def kv_blocks(self, gpus: int, learner_world: int | None, block_tokens: int = 16) -> int:
+    def kv_blocks(self, gpus: int, learner_world: int | None) -> int:
         """KV blocks of an engine."""
-        return int(max(self.kv_bytes(gpus, learner_world), 0.0) * gpus / self.kv_token_bytes) // block_tokens
+        return int(max(self.kv_bytes(gpus, learner_world), 0.0) * gpus / self.kv_token_bytes) // BLOCK_TOKENS
 
     def check_fit(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> None:
         """Raise `DoesNotFit` unless each role of a function has room on its GPUs.
@@ -208,7 +209,7 @@ class Costs:
         longest = self.job.max_prompt_tokens + self.job.max_response_tokens
         without_kv = self.engine_bytes(gpus, learner_world)
         kv = longest * self.kv_token_bytes / gpus
-        room = self.kv_blocks(gpus, learner_world) * 16
+        room = self.kv_blocks(gpus, learner_world) * BLOCK_TOKENS
         if room < longest:
             state = self._idle_state_bytes(learner_world)
             weights = self.weight_bytes / gpus
@@ -328,15 +329,15 @@ class Costs:
 
     def park_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
         """GPU to host. Engine weights have a host copy already (vLLM's sleep mode), the learner's state moves."""
-        state = 0.0 if learner_world is None or self.job.learner_offload else self.learner_bytes(learner_world)
-        return self._parameters.number("switch.engine_sleep_s") + self.host_move_s(state)
+        state_s = self.host_move_s(self._idle_state_bytes(learner_world))
+        return self._parameters.number("switch.engine_sleep_s") + state_s
 
     def wake_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
         """Host to GPU: engine weights and the learner's state."""
-        engine = self.resident_bytes(gpus, roles, None)
-        state = 0.0 if learner_world is None or self.job.learner_offload else self.learner_bytes(learner_world)
+        weights_s = self.host_move_s(self.resident_bytes(gpus, roles, None))
+        state_s = self.host_move_s(self._idle_state_bytes(learner_world))
         # The measured wake-up of small models includes their weights.
-        return max(self._parameters.number("switch.engine_wake_s"), self.host_move_s(engine)) + self.host_move_s(state)
+        return max(self._parameters.number("switch.engine_wake_s"), weights_s) + state_s
 
     def switch_s(self, old: Role | None, new: Role, learner_world: int | None) -> float:
         """Changing the awake role. Prefill and decode share an engine, prepare and learn a trainer.

@@ -193,8 +193,7 @@ class SimFunction:
 
     def _wait(self, condition: Callable[[], bool]) -> Process:
         while not condition():
-            self._wake_up = self.cluster.env.event()
-            yield self._wake_up
+            yield from self._wait_once()
 
     def _enter(self, state: str | None, stage: Stage | None = None) -> None:
         """Close the current interval and open one in *state*; None opens none."""
@@ -254,7 +253,7 @@ class SimFunction:
         costs = self.cluster.costs
         return Engine(
             times=costs.times(self.gpus),
-            kv_blocks=costs.kv_blocks(self.gpus, self.learner_world(), BLOCK_TOKENS),
+            kv_blocks=costs.kv_blocks(self.gpus, self.learner_world()),
             max_num_seqs=costs.max_num_seqs,
             max_batched_tokens=costs.max_batched_tokens,
             prefix_caching=costs.prefix_caching,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -13,6 +15,8 @@ from simrl.policies.contract import (
     ROLES,
     STAGES,
     Assign,
+    CompletionRatio,
+    Completions,
     Decision,
     FinishedStep,
     InvalidDecision,
@@ -30,19 +34,21 @@ from simrl.policies.contract import (
     StepStarted,
     Subscribe,
     Sync,
+    UnfinishedBelow,
     Wake,
 )
 from simrl.simulator.cluster import GpuPool, Network
 from simrl.simulator.costs import Costs, DoesNotFit
-from simrl.simulator.engine import Request
 from simrl.simulator.function import Gang, Rollout, SimFunction
-from simrl.simulator.steps import StepState, StepWork, balanced_shares, deal_to_and_fro, total_tokens
+from simrl.simulator.steps import StepState, StepWork, balanced_shares, columns_of, deal_to_and_fro, total_tokens
 from simrl.simulator.triggers import Triggers, trigger_problem
 from simrl.simulator.view import View
 from simrl.traces.records import Recorder
 
 CALLS_BEFORE_STALL = 1000
 """Times a policy may be asked in a row with nothing running, or at one and the same moment, before it is stalled."""
+
+STEP = operator.attrgetter("step")
 
 
 class SimulatedBackend:
@@ -95,6 +101,7 @@ class SimulatedBackend:
         self._idle_calls = self._frozen_calls = 0
         self._asked_at_s = -1.0
         self._finished_context, self._finished_responses = 0.0, 0
+        self.ahead: dict[str, SimFunction] = {}  # those whose engines are in a span over several completions
         self._over = False
         self._open_steps()
         return self._observe()
@@ -162,6 +169,7 @@ class SimulatedBackend:
             raise PolicyStalled(self._stall_report(f"nothing ran in {self._idle_calls} calls"))
 
     def _stall_report(self, why: str) -> str:
+        self.catch_up()
         states: dict[str, int] = {}
         for function in self.functions.values():
             waits = function.state is State.STARTING and not function.gpu_ids
@@ -188,42 +196,37 @@ class SimulatedBackend:
         work = self._work(step)
         samples = self.job.responses_per_prompt
         first_id = step * self.job.responses_per_step
+        groups = range(first_id, first_id + self.job.responses_per_step, samples)
         prompts, rollouts = [], []
-        for row, (prompt_id, tokens) in enumerate(zip(work.prompt_ids, work.prompt_tokens, strict=True)):
-            group = first_id + row * samples
-            lengths, truncated = work.response_tokens[row], work.truncated[row]
-            for sample in range(samples):
-                request = Request(group + sample, group, tokens, lengths[sample])
-                rollouts.append(Rollout(request, step, prompt_id, sample, truncated[sample]))
-            prompts.append(Prompt(prompt_id, tokens, tuple(range(group, group + samples))))
+        for group, prompt_id, tokens, lengths in zip(
+            groups, work.prompt_ids, work.prompt_tokens, work.response_tokens, strict=True
+        ):
+            ids = range(group, group + samples)
+            prompts.append(Prompt(prompt_id, tokens, tuple(ids)))
+            rollouts += [
+                Rollout(id_, group, tokens, length, step=step) for id_, length in zip(ids, lengths, strict=True)
+            ]
         total = len(rollouts)
-        state = StepState(step, work.epoch, tuple(prompts), rollouts, self.env.now, total, total)
+        state = StepState(step, work, tuple(prompts), rollouts, self.env.now, total, total)
         self.steps[step] = state
-        for rollout in rollouts:
-            self.rollouts[rollout.request.response_id] = rollout
+        self.rollouts.update(zip(range(first_id, first_id + total), rollouts, strict=True))
         self.unassigned.update(dict.fromkeys(range(first_id, first_id + total)))
         self.triggers.events.append(StepStarted(step, state.prompts))
 
     def _close_step(self, state: StepState) -> None:
         record = self.recorder
+        record.samples.append(columns_of(state, self.job.responses_per_prompt))
         for rollout in state.rollouts:
-            request = rollout.request
-            record.samples.append((
-                request.response_id, state.step, state.epoch, rollout.prompt_id, rollout.sample, request.prompt_tokens,
-                request.generated, rollout.truncated, rollout.function, rollout.weights_version, rollout.assigned_s,
-                rollout.finished_s, rollout.prepared_s, rollout.migrations, request.computed_tokens,
-                request.cached_tokens,
-            ))  # fmt: skip
-            del self.rollouts[request.response_id]
+            del self.rollouts[rollout.response_id]
         for stage in STAGES:
             if stage in state.spans:
-                record.phases.append((state.step, state.epoch, stage, *state.spans[stage]))
-        record.phases.append((state.step, state.epoch, "step", state.started_s, self.env.now))
+                record.phases.append((state.step, state.work.epoch, stage, *state.spans[stage]))
+        record.phases.append((state.step, state.work.epoch, "step", state.started_s, self.env.now))
         samples = self.job.responses_per_prompt
-        lengths = [rollout.request.generated for rollout in state.rollouts]
+        lengths = [rollout.generated for rollout in state.rollouts]
         finished = FinishedStep(
             step=state.step,
-            epoch=state.epoch,
+            epoch=state.work.epoch,
             prompt_ids=tuple(prompt.prompt_id for prompt in state.prompts),
             response_tokens=tuple(tuple(lengths[i : i + samples]) for i in range(0, len(lengths), samples)),
             started_s=state.started_s,
@@ -231,7 +234,7 @@ class SimulatedBackend:
             ended_s=self.env.now,
         )
         self.history.append(finished)
-        self._finished_context += sum(r.request.prompt_tokens + r.request.generated / 2 for r in state.rollouts)
+        self._finished_context += sum(r.prompt_tokens + r.generated / 2 for r in state.rollouts)
         self._finished_responses += len(lengths)
         del self.steps[state.step]
         for function in self.functions.values():
@@ -249,6 +252,15 @@ class SimulatedBackend:
         for step in steps:
             self.steps[step].spans.setdefault("generation", (self.env.now, self.env.now))
 
+    def completions_ahead(self, function: SimFunction) -> int:
+        """Completions on *function* that can be booked together, as nobody has to be told before the last of them."""
+        return self.triggers.completions_ahead(self.steps, function)
+
+    def catch_up(self) -> None:
+        """Book all completions up to now."""
+        for function in self.ahead.values():
+            function.catch_up()
+
     def stage_active(self, stage: Stage, step: int, start_s: float) -> None:
         """Widen the stage's span."""
         if step in self.steps:
@@ -256,41 +268,50 @@ class SimulatedBackend:
             first_s = min(start_s, spans[stage][0]) if stage in spans else start_s
             spans[stage] = (first_s, self.env.now)
 
-    def rollouts_finished(self, function: SimFunction, requests: Sequence[Request]) -> None:
-        """Book finished responses and fire triggers."""
-        now = self.env.now
-        touched: dict[int, StepState] = {}
-        for request in requests:
-            rollout = self.rollouts[request.response_id]
-            assert rollout.function is not None
+    def rollouts_finished(
+        self, function: SimFunction, rollouts: Sequence[Rollout], finished_s: Sequence[float]
+    ) -> None:
+        """Book responses that *function*'s engine has finished, and fire triggers."""
+        leaving = function.leaving()
+        counts: dict[int, int] = {}
+        for rollout, time_s in zip(rollouts, finished_s, strict=True):
+            if rollout.response_id in leaving:
+                self._stays(rollout, function)
             assert rollout.finished_s is None, "a response finished twice"
-            owner = self.functions[rollout.function]
-            if function.sends_away(request.response_id):  # finished in the very iteration after which it was to leave
-                assert rollout.serving is not None
-                rollout.serving.expected -= 1
-                rollout.function, rollout.migrations = function.name, rollout.migrations - 1
-                self._count(owner, rollout.step, -1)
-                self._count(function, rollout.step, +1)
-                owner.poke()
-            del owner.unfinished[request.response_id]
-            function.unfinished_by_step[rollout.step] -= 1
-            rollout.finished_s = now
-            self.unprepared[request.response_id] = None
-            state = self.steps[rollout.step]
-            state.unfinished -= 1
-            touched[rollout.step] = state
-        for step, state in touched.items():
+            rollout.finished_s = time_s
+            del function.unfinished[rollout.response_id]
+            self.unprepared[rollout.response_id] = None
+            counts[rollout.step] = counts.get(rollout.step, 0) + 1
+        touched = []
+        for step, count in counts.items():
+            function.unfinished_by_step[step] -= count
+            state = self.steps[step]
+            state.unfinished -= count
+            touched.append(state)
             if not state.unfinished:
-                self.stage_active("generation", step, now)
+                self.stage_active("generation", step, self.env.now)
                 self.triggers.stage_finished("generation", step)
-        self.triggers.completed(len(requests), self.steps, touched.values(), function)
+        self.triggers.completed(len(rollouts), self.steps, touched, function)
+
+    def _stays(self, rollout: Rollout, function: SimFunction) -> None:
+        """A response finished in the very iteration after which it was to leave *function*."""
+        assert rollout.function is not None
+        assert rollout.serving is not None
+        owner = self.functions[rollout.function]
+        rollout.serving.expected -= 1
+        rollout.function, rollout.migrations = function.name, rollout.migrations - 1
+        self._count(owner, rollout.step, -1)
+        self._count(function, rollout.step, +1)
+        function.unfinished[rollout.response_id] = owner.unfinished.pop(rollout.response_id)
+        owner.poke()
 
     def prepared(self, rollouts: Sequence[Rollout]) -> None:
         """Book prepared responses."""
+        now = self.env.now
         for rollout in rollouts:
-            rollout.prepared_s = self.env.now
-            state = self.steps[rollout.step]
-            state.unprepared -= 1
+            rollout.prepared_s = now
+        for step, count in Counter(map(STEP, rollouts)).items():
+            self.steps[step].unprepared -= count
         # In the order of the steps, as `Learn` takes the oldest.
         for state in itertools.takewhile(lambda state: not state.unprepared, self.steps.values()):
             if not state.prepared:
@@ -433,33 +454,35 @@ class SimulatedBackend:
             self._check_fresh(decision, decision.prefix_from, rollouts)
         serving = function.serving()
         serving.expected += len(rollouts)
+        now, version = self.env.now, self.planned_version[function.name]
         for rollout in rollouts:
-            del self.unassigned[rollout.request.response_id]
+            del self.unassigned[rollout.response_id]
             rollout.function, rollout.serving = function.name, serving
-            rollout.assigned_s = self.env.now
-            rollout.weights_version = self.planned_version[function.name]
-            function.unfinished[rollout.request.response_id] = rollout
-            self._count(function, rollout.step, +1)
+            rollout.assigned_s, rollout.weights_version = now, version
+            function.unfinished[rollout.response_id] = rollout
+        for step, count in Counter(map(STEP, rollouts)).items():
+            self._count(function, step, count)
         if prefill is None:
             serving.deliver(rollouts)
         else:
             groups: dict[int, list[Rollout]] = {}
             for rollout in rollouts:
-                groups.setdefault(rollout.request.group, []).append(rollout)
+                groups.setdefault(rollout.group, []).append(rollout)
             prefill.add_task(prefill.prefill_for(list(groups.values()), serving))
 
     def _responses(
         self, decision: Decision, response_ids: Sequence[int], among: Mapping[int, object], reason: str
     ) -> list[Rollout]:
         """The responses of a decision, each once and each *among* those that it may name."""
-        if len(set(response_ids)) != len(response_ids):
+        unique = set(response_ids)
+        if len(unique) != len(response_ids):
             raise InvalidDecision(decision, "it names a response twice", "each response once")
-        wrong = [response_id for response_id in response_ids if response_id not in among]
-        if wrong:
+        if not unique.issubset(among):
+            wrong = [response_id for response_id in response_ids if response_id not in among]
             unknown = [response_id for response_id in wrong if response_id not in self.rollouts]
             why = f"responses {_some(unknown)} are unknown" if unknown else f"responses {_some(wrong)} are {reason}"
             raise InvalidDecision(decision, why, f"{len(among)} responses, for example {_some(list(among)[:3])}")
-        return [self.rollouts[response_id] for response_id in response_ids]
+        return list(map(self.rollouts.__getitem__, response_ids))
 
     def _check_fresh(self, decision: Decision, name: str, rollouts: Sequence[Rollout]) -> None:
         holds = self.planned_version[name]
@@ -476,6 +499,7 @@ class SimulatedBackend:
 
     def _migrate(self, decision: Migrate) -> None:
         target = self._function(decision, decision.target, "decode")
+        self.catch_up()
         rollouts = self._responses(decision, decision.responses, _Unfinished(self.rollouts), "unassigned or finished")
         self._check_fresh(decision, decision.target, rollouts)
         if any(rollout.function == decision.target for rollout in rollouts):
@@ -490,13 +514,14 @@ class SimulatedBackend:
             for rollout in moving:
                 rollout.function = target.name
                 rollout.migrations += 1
-                target.unfinished[rollout.request.response_id] = source.unfinished.pop(rollout.request.response_id)
+                target.unfinished[rollout.response_id] = source.unfinished.pop(rollout.response_id)
                 self._count(source, rollout.step, -1)
                 self._count(target, rollout.step, +1)
             source.remove(moving, serving, decision.with_kv)
 
     def _prepare(self, decision: Prepare) -> None:
         functions = self._distinct(decision, decision.functions, "prepare")
+        self.catch_up()
         rollouts = self._responses(
             decision, decision.responses, self.unprepared, "unfinished or being prepared already"
         )
@@ -557,6 +582,9 @@ class SimulatedBackend:
         if problem:
             raise InvalidDecision(decision, *problem)
         self.triggers.subscribe(decision.trigger)
+        if isinstance(decision.trigger, Completions | CompletionRatio | UnfinishedBelow):
+            for function in tuple(self.ahead.values()):
+                function.poke()  # to plan anew
 
     _HANDLERS: Mapping[type, Callable[..., None]] = MappingProxyType({
         Start: _start, Park: _park, Wake: _wake, Release: _release, Assign: _assign, Migrate: _migrate,

@@ -1,17 +1,18 @@
 """A rollout engine: continuous batching as vLLM V1 does it, advanced from one change of the batch to the next.
 
 While the batch stays the same, each iteration adds one token to every response, so the time of many iterations has a
-closed form (`IterationTimes.decode_span_s`) and the engine jumps to the next completion or shortage of KV blocks.
+closed form (`IterationTimes.decode_span_s`) and the engine jumps to the next completion or shortage of KV blocks. Where
+nothing waits and all KV fits, it plans over many completions at once.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from simrl.traces.iteration import IterationTimes
 
@@ -41,7 +42,10 @@ class Request:
     kv_tokens: int = 0
     computed_tokens: int = 0
     cached_tokens: int = 0
-    _blocks: int = 0  # its own, without those shared in its group
+    _final_blocks: int = 0  # those that it has when it is complete
+    _own_blocks: int = 0  # while it decodes, as of its start
+    _prompt: _Chain | None = None  # while it has blocks
+    _order: int = 0  # of admission
     _finish_tick: int = 0
     _decoding: bool = False
 
@@ -52,27 +56,47 @@ class Request:
 
 
 class Span(NamedTuple):
-    """What the engine does next: *iterations* of the same kind, *seconds* in all."""
+    """What the engine does next.
+
+    Attributes:
+        iterations: How many, all of the same kind.
+        seconds: What they take in all.
+        finish_s: Seconds from the start at which completions happen, one each, ascending; empty if none happens before
+            the end.
+    """
 
     iterations: int
     seconds: float
+    finish_s: Sequence[float] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Chain:
+    """Consecutive full blocks: those of a prompt that its group shares, or those that a response has left behind.
+
+    Without users they are free, and can be hit until they are taken for something else, the last one first.
+    """
+
+    blocks: int
+    users: int = 0
+    hashed: bool = True  # False: nobody can hit them
+
+
+R = TypeVar("R", bound=Request)
 
 
 @dataclass(slots=True)
-class _Group:
-    blocks: int = 0  # shared full blocks that are resident
-    members: int = 0  # running requests that use them
-
-
-@dataclass(slots=True)
-class Engine:
+class Engine(Generic[R]):
     """One vLLM-like engine.
 
     Use: `add` requests, then repeat `span = plan()`; let `span.seconds` pass; `finished = advance(span.iterations)`.
     Between `plan` and `advance`, `boundary` says where the engine can be interrupted. FCFS admission, at most
     `max_num_seqs` running, at most `max_batched_tokens` tokens an iteration, chunked prefill beside decodes, paged KV
-    with preemption of the newest by recompute. Cached prompts stay until `forget_prefixes`: they are not evicted when
-    blocks run short, which flatters prefix caching when KV is scarce.
+    with preemption of the newest, prefix caching with eviction of the least recently used blocks. The rules are those
+    of vLLM 0.32.0's scheduler; docs/model.md lists them.
+
+    Raises:
+        ValueError: There is no slot, no block, or a token budget below the number of slots.
     """
 
     times: IterationTimes
@@ -80,24 +104,31 @@ class Engine:
     max_num_seqs: int
     max_batched_tokens: int
     prefix_caching: bool = True
-    waiting: deque[Request] = field(default_factory=deque)
-    running: dict[int, Request] = field(default_factory=dict)  # in order of admission
+    waiting: deque[R] = field(default_factory=deque)
+    running: dict[int, R] = field(default_factory=dict)  # in order of admission
     preemptions: int = 0
     free_blocks: int = field(init=False)
+    _unhashed: int = field(init=False)  # free blocks that nobody can hit; they are taken first
+    _free: deque[_Chain] = field(default_factory=deque)  # the others, least recently used first
+    _prompts: dict[int, _Chain] = field(default_factory=dict)  # by group
+    _left: dict[int, _Chain] = field(default_factory=dict)  # own blocks of requests that do not run, by id
     _tick: int = 0  # decode iterations so far
-    _batch: int = 0  # decoding requests
-    _context: int = 0  # sum of their tokens
-    _phases: list[int] = field(default_factory=lambda: [0] * BLOCK_TOKENS)
-    _finishes: list[tuple[int, int, Request]] = field(default_factory=list)
-    _stale: int = 0  # entries of requests that left before they were complete
-    _order: Iterator[int] = field(default_factory=itertools.count)  # breaks ties in the heap
-    _prefilling: dict[int, Request] = field(default_factory=dict)
-    _chunks: list[tuple[Request, int]] = field(default_factory=list)  # planned prefill: request, tokens
-    _groups: dict[int, _Group] = field(default_factory=dict)
-    _cached_prompts: set[int] = field(default_factory=set)
+    _context: int = 0  # tokens of all decoding requests
+    _phases: list[int] = field(default_factory=lambda: [0] * BLOCK_TOKENS)  # which of them take a block when
+    _to_grow: int = 0  # blocks that they will still take until all are complete
+    _finishes: list[tuple[int, int, R]] = field(default_factory=list)  # tick, order of admission; sorted
+    _orders: Iterator[int] = field(default_factory=itertools.count)
+    _prefilling: dict[int, R] = field(default_factory=dict)
+    _chunks: list[tuple[R, int]] = field(default_factory=list)  # planned prefill: request, tokens
 
     def __post_init__(self) -> None:
-        self.free_blocks = self.kv_blocks
+        if self.max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs={self.max_num_seqs} must be >= 1")
+        if self.kv_blocks < 1:
+            raise ValueError(f"kv_blocks={self.kv_blocks} must be >= 1")
+        if self.max_batched_tokens < self.max_num_seqs:  # vLLM refuses it, too
+            raise ValueError(f"max_batched_tokens={self.max_batched_tokens} < max_num_seqs={self.max_num_seqs}")
+        self.free_blocks = self._unhashed = self.kv_blocks
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -106,8 +137,18 @@ class Engine:
         """Used share of the KV blocks, after so many more decode iterations."""
         return 1.0 - (self.free_blocks - self._growth(iterations)) / self.kv_blocks
 
-    def add(self, request: Request) -> None:
-        """Queue a request. KV that came with it (`kv_tokens`) need not be computed."""
+    def add(self, request: R) -> None:
+        """Queue a request. KV that came with it (`kv_tokens`) need not be computed.
+
+        Raises:
+            ValueError: It would never be complete, even if it had all KV blocks to itself.
+        """
+        request._final_blocks = _blocks(request.prompt_tokens + request.target_tokens - 1)
+        if request._final_blocks > self.kv_blocks:
+            raise ValueError(
+                f"response {request.response_id} needs {request._final_blocks} KV blocks for {request.prompt_tokens}"
+                f" prompt and {request.target_tokens} response tokens, and the engine has {self.kv_blocks}"
+            )
         self.waiting.append(request)
 
     def generated(self, request: Request, iterations: int = 0) -> int:
@@ -116,89 +157,163 @@ class Engine:
             return request.target_tokens - (request._finish_tick - self._tick) + iterations
         return request.generated
 
-    def forget_prefixes(self) -> None:
-        """Drop cached prompts, as new weights make them worthless."""
-        self._cached_prompts.clear()
+    def forget_prefixes(self) -> bool:
+        """Let nothing be hit that was computed so far, as new weights make it worthless.
+
+        Returns:
+            False, and nothing is forgotten, if a request runs: vLLM does not do it then.
+        """
+        if self.running:
+            return False
+        for prompt in self._prompts.values():  # KV under way may still use them
+            prompt.hashed = False
+        self._prompts.clear()
+        self._left.clear()
+        self._free.clear()
+        self._unhashed = self.free_blocks
+        return True
 
     # --- one turn: plan, let time pass, advance ---
 
-    def plan(self) -> Span | None:
-        """Schedule the next iterations; None when there is nothing to do, or nothing before `give_back`."""
+    def plan(self, completions: int = 1) -> Span | None:
+        """Schedule the next iterations, over at most so many completions, and others at the moment of the last.
+
+        Returns:
+            None when there is nothing to do, or nothing before `give_back`.
+        """
         preempted = self._make_room()
         if not preempted and (self.waiting or self._prefilling):
             self._chunks = self._schedule_prefill()
         if self._chunks:
             return Span(1, self._mixed_seconds())
-        if not self._batch:
-            return self.plan() if preempted else None
+        batch = len(self._finishes)
+        if not batch:
+            return self.plan(completions) if preempted else None
+        if completions > 1 and not (preempted or self.waiting) and self._to_grow <= self._unhashed:
+            return self._plan_completions(completions)
         # After a preemption nothing is admitted in the same iteration, but may be in the next.
-        iterations = 1 if preempted else self._next_finish() - self._tick
-        if iterations > BLOCK_TOKENS * (self.free_blocks // self._batch):  # so many fit without a closer look
+        iterations = 1 if preempted else self._finishes[0][0] - self._tick
+        if iterations > BLOCK_TOKENS * (self.free_blocks // batch):  # so many fit without a closer look
             iterations = min(iterations, self._iterations_that_fit())
-        return Span(iterations, self.times.decode_span_s(self._batch, self._context / self._batch, iterations))
+        return Span(iterations, self.times.decode_span_s(batch, self._context / batch, iterations))
+
+    def _plan_completions(self, count: int) -> Span:
+        """A span over several completions, when no block can run short and nobody waits for one."""
+        batch, context, tick, seconds = len(self._finishes), self._context, self._tick, 0.0
+        finish_s: list[float] = []
+        for finish_tick, _, request in self._finishes:
+            iterations = finish_tick - tick
+            if iterations:
+                if len(finish_s) >= count:
+                    break
+                seconds += self.times.decode_span_s(batch, context / batch, iterations)
+                context += batch * iterations
+                tick = finish_tick
+            finish_s.append(seconds)
+            batch -= 1
+            context -= request.prompt_tokens + request.target_tokens
+        return Span(tick - self._tick, seconds, finish_s)
 
     def boundary(self, span: Span, elapsed_s: float) -> Span:
-        """The part of *span* up to the end of the iteration that runs *elapsed_s* after its start."""
+        """The part of *span* up to the end of the iteration that runs *elapsed_s* after its start.
+
+        No completion may lie in between: see `cut`.
+        """
         if self._chunks or span.iterations == 1:
-            return span
-        context = self._context / self._batch
-        iterations = min(max(self.times.iterations_until(self._batch, context, elapsed_s), 1), span.iterations)
-        return Span(iterations, self.times.decode_span_s(self._batch, context, iterations))
+            return Span(span.iterations, span.seconds)
+        batch = len(self._finishes)
+        context = self._context / batch
+        iterations = min(max(self.times.iterations_until(batch, context, elapsed_s), 1), span.iterations)
+        return Span(iterations, self.times.decode_span_s(batch, context, iterations))
 
     def completed(self, span: Span, elapsed_s: float) -> int:
-        """Whole decode iterations of *span* that are over *elapsed_s* after its start."""
-        if self._chunks or not self._batch:
+        """Whole decode iterations of *span* that are over *elapsed_s* after its start, without a completion between."""
+        batch = len(self._finishes)
+        if self._chunks or not batch:
             return 0
-        context = self._context / self._batch
-        iterations = min(self.times.iterations_until(self._batch, context, elapsed_s), span.iterations)
-        over = self.times.decode_span_s(self._batch, context, iterations) <= elapsed_s * (1 + 1e-12)
+        context = self._context / batch
+        iterations = min(self.times.iterations_until(batch, context, elapsed_s), span.iterations)
+        over = self.times.decode_span_s(batch, context, iterations) <= elapsed_s * (1 + 1e-12)
         return iterations if over else iterations - 1
 
-    def advance(self, iterations: int) -> list[Request]:
-        """Carry out planned iterations; returns the requests that are complete now."""
-        self._decode(iterations)
-        for request, tokens in self._chunks:
-            self._prefilled(request, tokens)
-        self._chunks = []
-        finished = []
-        while self._batch and self._next_finish() <= self._tick:
-            request = heapq.heappop(self._finishes)[2]
-            self._leave(request)
-            self.free_blocks += self._drop(request)
-            finished.append(request)
-        return finished
+    def cut(self, span: Span, elapsed_s: float) -> tuple[Span, Span] | None:
+        """*span* up to its last completion *elapsed_s* after its start, and the rest; None before the first."""
+        count = bisect_right(span.finish_s, elapsed_s)
+        if not count:
+            return None
+        seconds = span.finish_s[count - 1]
+        iterations = self._finishes[count - 1][0] - self._tick
+        rest_s = [finish_s - seconds for finish_s in span.finish_s[count:]]
+        rest = Span(span.iterations - iterations, span.seconds - seconds, rest_s)
+        return Span(iterations, seconds, span.finish_s[:count]), rest
 
-    def remove(self, response_ids: Set[int]) -> tuple[list[Request], int]:
-        """Take requests out between iterations.
+    def advance(self, iterations: int) -> list[R]:
+        """Carry out planned iterations; returns the requests that are complete now, first finished first."""
+        if not self._chunks:
+            return self._decode(iterations)
+        growth = self._growth(1)
+        self._take(growth)
+        self._to_grow -= growth
+        self._context += len(self._finishes)
+        self._tick += 1
+        for request, tokens in self._chunks:
+            request.kv_tokens += tokens
+            request.computed_tokens += tokens
+            if request.kv_tokens == request.prompt_tokens + request.generated:
+                if self._prefilling:
+                    self._prefilling.pop(request.response_id, None)
+                request.generated += 1  # prefill yields the next token
+                self._start_decoding(request)
+        self._finishes.sort()
+        self._chunks = []
+        return self._decode(0)
+
+    # --- between turns ---
+
+    def remove(self, response_ids: Set[int]) -> list[R]:
+        """Take requests out, waiting ones first.
 
         Returns:
-            The requests, with `generated` and `kv_tokens` up to date, and the number of blocks that stay taken until
-            `give_back`, so that KV can be sent from them.
+            The requests, with `generated` and `kv_tokens` up to date. Blocks of those that decoded stay taken until
+            `give_back`, so that KV can be sent from them; what others have computed stays behind.
         """
         removed = [request for request in self.waiting if request.response_id in response_ids]
         if removed:
             self.waiting = deque(request for request in self.waiting if request.response_id not in response_ids)
-        held = 0
         for response_id in [i for i in self.running if i in response_ids]:
             request = self.running[response_id]
+            decoding = request._decoding
             self._leave(request)
-            held += self._drop(request)
+            if not decoding:
+                self._let_go(request, may_return=True)
+                request.kv_tokens = 0
             removed.append(request)
-        return removed, held
+        return removed
 
-    def give_back(self, blocks: int) -> None:
-        """Free blocks that `remove` had kept."""
-        self.free_blocks += blocks
+    def give_back(self, requests: Iterable[R]) -> None:
+        """Free the blocks that `remove` kept of *requests*, before they go anywhere else."""
+        for request in requests:
+            if request._prompt is not None:
+                self._let_go(request, may_return=True)
+
+    def abort(self, response_ids: Set[int]) -> list[R]:
+        """Take requests out and free their blocks at once."""
+        aborted = self.remove(response_ids)
+        self.give_back(aborted)
+        return aborted
 
     # --- prefill ---
 
-    def _schedule_prefill(self) -> list[tuple[Request, int]]:
-        budget = self.max_batched_tokens - self._batch
-        chunks: list[tuple[Request, int]] = []
-        reserved = self._growth(1)  # running decodes come first
-        self.free_blocks -= reserved
+    def _schedule_prefill(self) -> list[tuple[R, int]]:
+        budget = self.max_batched_tokens - len(self._finishes)
+        chunks: list[tuple[R, int]] = []
+        taken = self._growth(1)  # running decodes come first
+        self._take(taken)
         for request in self._prefilling.values():
-            budget -= self._take_chunk(request, budget, chunks)
+            tokens = min(request.known_tokens - request.kv_tokens, budget)
+            self._compute(request, tokens)
+            chunks.append((request, tokens))
+            budget -= tokens
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             tokens = self._admit(request, budget)
@@ -206,115 +321,136 @@ class Engine:
                 break
             self.waiting.popleft()
             budget -= tokens
-            if request.generated and request.kv_tokens == request.known_tokens - 1:  # arrived with all its KV
-                block = int(request.kv_tokens % BLOCK_TOKENS == 0)  # to be taken when it decodes
-                request._blocks -= block
-                reserved += block
+            if request.generated and request.kv_tokens == request.known_tokens - 1:  # it goes on decoding
                 self._start_decoding(request)
+                self._finishes.sort()
+                taken += int(request.kv_tokens % BLOCK_TOKENS == 0)
             else:
-                self._prefilling[request.response_id] = request
                 chunks.append((request, tokens))
-        self.free_blocks += reserved
+                if request.kv_tokens + tokens < request.prompt_tokens + request.generated:
+                    self._prefilling[request.response_id] = request
+        # Decoding takes its blocks again when the iteration is over; until then nobody else can.
+        self.free_blocks += taken
+        self._unhashed += taken
         return chunks
 
-    def _admit(self, request: Request, budget: int) -> int:
-        """Let *request* run if its next tokens have room; returns how many are computed, 0 if it has to wait."""
-        cached = self._cached(request)
-        tokens = min(request.known_tokens - cached, budget)
-        group = self._groups.get(request.group) or _Group()
-        if not self._take_blocks(request, group, cached + tokens):
+    def _admit(self, request: R, budget: int) -> int:
+        """Let *request* run if all its known tokens have room, counting what is cached.
+
+        Returns:
+            Tokens to compute now; 0 if it has to wait.
+        """
+        prompt, left = self._prompts.get(request.group), self._left.get(request.response_id)
+        hits = prompt.blocks if prompt is not None else 0
+        in_use = hits if prompt is not None and prompt.users else 0
+        known = request.prompt_tokens + request.generated
+        if -(-known // BLOCK_TOKENS) - in_use > self.free_blocks:
             return 0
-        self._groups[request.group] = group
-        group.members += 1
+        if prompt is None or not prompt.users:
+            prompt = self._touch(prompt)
+            if self.prefix_caching:
+                self._prompts[request.group] = prompt
+        if left is not None:
+            del self._left[request.response_id]
+            if hits == self._hittable_blocks(request):
+                request._own_blocks = self._touch(left).blocks
+        prompt.users += 1
+        request._prompt, request._order = prompt, next(self._orders)
+        cached = (hits + request._own_blocks) * BLOCK_TOKENS
+        if cached > request.kv_tokens:
+            request.kv_tokens = cached
+        request.cached_tokens += request.kv_tokens
         self.running[request.response_id] = request
-        request.cached_tokens += cached
-        request.kv_tokens = cached
-        self._note_prompt(request, cached + tokens)
+        tokens = known - request.kv_tokens
+        if tokens > budget:
+            tokens = budget
+        self._compute(request, tokens)
         return tokens
 
-    def _cached(self, request: Request) -> int:
-        """Tokens at the head of *request* that need no computing: sent along, or the prompt's cached full blocks."""
-        cached = 0
-        if self.prefix_caching and request.group in self._cached_prompts:
-            cached = self._shareable_blocks(request) * BLOCK_TOKENS
-        return max(cached, request.kv_tokens)
+    def _touch(self, chain: _Chain | None) -> _Chain:
+        """Take the blocks of a free chain out of the free ones, where its entry stays without blocks."""
+        if chain is None:
+            return _Chain(0, hashed=self.prefix_caching)
+        touched = _Chain(chain.blocks)
+        self.free_blocks -= chain.blocks
+        chain.blocks = 0
+        return touched
 
-    def _shareable_blocks(self, request: Request) -> int:
-        # The last prompt token is always computed, to have logits to sample from.
+    def _hittable_blocks(self, request: Request) -> int:
+        """Blocks of its prompt that others can hit; the last token is always computed, to have logits to sample."""
         return (request.prompt_tokens - 1) // BLOCK_TOKENS if self.prefix_caching else 0
 
-    def _take_blocks(self, request: Request, group: _Group, tokens: int) -> bool:
-        """Take what *request* still lacks to hold *tokens* tokens; nothing is taken if that is not free."""
-        blocks = -(-tokens // BLOCK_TOKENS)
-        shared = min(self._shareable_blocks(request), blocks)
-        own = max(blocks - shared, request._blocks)
-        missing = own - request._blocks + max(shared - group.blocks, 0)
-        if missing > self.free_blocks:
-            return False
-        self.free_blocks -= missing
-        request._blocks = own
-        group.blocks = max(group.blocks, shared)
-        return True
+    def _compute(self, request: R, tokens: int) -> None:
+        """Take the blocks for the next *tokens* tokens; blocks of the prompt that get full can be hit from now on."""
+        prompt, end = request._prompt, request.kv_tokens + tokens
+        assert prompt is not None, "a running request has blocks"
+        had = prompt.blocks + request._own_blocks
+        if prompt.hashed and prompt.blocks * BLOCK_TOKENS < request.prompt_tokens - 1:
+            prompt.blocks = max(prompt.blocks, min(self._hittable_blocks(request), end // BLOCK_TOKENS))
+        blocks = -(-end // BLOCK_TOKENS)
+        request._own_blocks = blocks - prompt.blocks
+        if blocks > had:
+            self._take(blocks - had)
 
-    def _take_chunk(self, request: Request, budget: int, chunks: list[tuple[Request, int]]) -> int:
-        """Go on with a prefill under way."""
-        tokens = min(request.known_tokens - request.kv_tokens, budget)
-        group = self._groups[request.group]
-        if tokens <= 0 or not self._take_blocks(request, group, request.kv_tokens + tokens):
-            return 0
-        chunks.append((request, tokens))
-        self._note_prompt(request, request.kv_tokens + tokens)
-        return tokens
-
-    def _note_prompt(self, request: Request, tokens: int) -> None:
-        # vLLM V1 registers full blocks when it schedules them: the rest of the group hits in the same iteration.
-        if self.prefix_caching and tokens >= request.prompt_tokens:
-            self._cached_prompts.add(request.group)
+    def _blocks_missing(self, request: R, tokens: int) -> int:
+        """Blocks still to take so that *request* can hold *tokens*."""
+        assert request._prompt is not None, "a running request has blocks"
+        return _blocks(tokens) - request._prompt.blocks - request._own_blocks
 
     def _prefill_growth(self) -> int:
         """Blocks that the next chunk of a prefill under way takes; there is one at most, as it takes all the budget."""
-        if not self._prefilling:
-            return 0
-        budget = self.max_batched_tokens - self._batch
+        budget = self.max_batched_tokens - len(self._finishes)
         ends = ((r, min(r.known_tokens, r.kv_tokens + budget)) for r in self._prefilling.values())
         return sum(self._blocks_missing(request, end) for request, end in ends)
-
-    def _blocks_missing(self, request: Request, tokens: int) -> int:
-        """Blocks still to take so that *request* can hold *tokens*."""
-        blocks = -(-tokens // BLOCK_TOKENS)
-        shared = min(self._shareable_blocks(request), blocks)
-        return max(blocks - shared - request._blocks, 0) + max(shared - self._groups[request.group].blocks, 0)
 
     def _mixed_seconds(self) -> float:
         tokens = sum(chunk for _, chunk in self._chunks)
         attended = sum(chunk * (request.kv_tokens + chunk / 2) for request, chunk in self._chunks) / tokens
-        context = self._context / self._batch if self._batch else 0.0
-        return self.times.iteration_s(tokens, attended, self._batch, context)
-
-    def _prefilled(self, request: Request, tokens: int) -> None:
-        request.kv_tokens += tokens
-        request.computed_tokens += tokens
-        if request.kv_tokens == request.known_tokens:
-            del self._prefilling[request.response_id]
-            request.generated += 1  # prefill yields the next token
-            self._start_decoding(request)
+        batch = len(self._finishes)
+        return self.times.iteration_s(tokens, attended, batch, self._context / batch if batch else 0.0)
 
     # --- decode ---
 
-    def _start_decoding(self, request: Request) -> None:
+    def _start_decoding(self, request: R) -> None:
+        known = request.prompt_tokens + request.generated
         request._decoding = True
         request._finish_tick = self._tick + request.target_tokens - request.generated
-        self._batch += 1
-        self._context += request.known_tokens
-        self._phases[(request.known_tokens - self._tick) % BLOCK_TOKENS] += 1
-        heapq.heappush(self._finishes, (request._finish_tick, next(self._order), request))
+        self._context += known
+        self._phases[(known - self._tick) % BLOCK_TOKENS] += 1
+        self._to_grow += request._final_blocks + (1 - known) // BLOCK_TOKENS
+        self._finishes.append((request._finish_tick, request._order, request))  # the caller sorts
 
-    def _decode(self, iterations: int) -> None:
-        if self._batch:
-            self.free_blocks -= self._growth(iterations)
-            assert self.free_blocks >= 0, "block accounting broken"
-            self._context += self._batch * iterations
-            self._tick += iterations
+    def _decode(self, iterations: int) -> list[R]:
+        """Let the batch decode; returns who is complete at the end or was in between."""
+        start, end, growth = self._tick, self._tick + iterations, 0
+        finished: list[R] = []
+        for finish_tick, _, request in self._finishes:
+            if finish_tick > end:
+                break
+            known = request.prompt_tokens + request.target_tokens - (finish_tick - start)
+            self._context -= known
+            self._phases[(known - start) % BLOCK_TOKENS] -= 1
+            growth += request._final_blocks + (1 - known) // BLOCK_TOKENS
+            finished.append(request)
+        del self._finishes[: len(finished)]
+        if self._finishes:
+            growth += self._growth(iterations)
+            self._context += len(self._finishes) * iterations
+        self._take(growth)
+        self._to_grow -= growth
+        self._tick = end
+        for request in finished:
+            self._complete(request)
+        return finished
+
+    def _complete(self, request: R) -> None:
+        assert request._prompt is not None, "a running request has blocks"
+        request._decoding = False
+        request.generated = request.target_tokens
+        request.kv_tokens = request.prompt_tokens + request.target_tokens - 1
+        request._own_blocks = request._final_blocks - request._prompt.blocks
+        del self.running[request.response_id]
+        self._let_go(request)
 
     def _growth(self, iterations: int) -> int:
         """Blocks that the decoding requests take in the next *iterations*."""
@@ -324,26 +460,18 @@ class Engine:
         blocks = sum(self._phases[max(first - rest + 1, 0) : first + 1])
         if rest > first + 1:
             blocks += sum(self._phases[first - rest + 1 :])
-        return cycles * self._batch + blocks
+        return cycles * len(self._finishes) + blocks
 
     def _iterations_that_fit(self) -> int:
         """Iterations until the free blocks are used up."""
-        cycles, free = divmod(self.free_blocks, self._batch)
+        cycles, free = divmod(self.free_blocks, len(self._finishes))
         for i in range(BLOCK_TOKENS):
             free -= self._phases[(1 - self._tick - i) % BLOCK_TOKENS]
             if free < 0:
                 return cycles * BLOCK_TOKENS + i
         return (cycles + 1) * BLOCK_TOKENS
 
-    def _next_finish(self) -> int:
-        """Tick at which the next decoding request is complete; forgets entries of requests that left before."""
-        while self._stale:
-            tick, _, request = self._finishes[0]
-            if self.running.get(request.response_id) is request and request._decoding and request._finish_tick == tick:
-                break
-            heapq.heappop(self._finishes)
-            self._stale -= 1
-        return self._finishes[0][0]
+    # --- blocks ---
 
     def _make_room(self) -> bool:
         """Preempt the newest requests until the next iteration has its blocks."""
@@ -351,37 +479,63 @@ class Engine:
         while self._phases[(1 - self._tick) % BLOCK_TOKENS] + self._prefill_growth() > self.free_blocks:
             newest = next(reversed(self.running.values()))
             self._leave(newest)
-            self.free_blocks += self._drop(newest)
+            self._let_go(newest, may_return=True)
             newest.kv_tokens = 0
             self.waiting.appendleft(newest)
             self.preemptions += 1
             preempted = True
         return preempted
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: R) -> None:
         """Take *request* out of the batch; its blocks stay."""
         del self.running[request.response_id]
         self._prefilling.pop(request.response_id, None)
         if not request._decoding:
             return
+        assert request._prompt is not None, "a running request has blocks"
         request.generated = self.generated(request)
         request._decoding = False
-        self._stale += request.generated < request.target_tokens
-        known = request.prompt_tokens + request.generated
+        del self._finishes[bisect_left(self._finishes, (request._finish_tick, request._order))]
+        known = request.known_tokens
         request.kv_tokens = known - 1
-        self._batch -= 1
+        request._own_blocks = _blocks(known - 1) - request._prompt.blocks
         self._context -= known
         self._phases[(known - self._tick) % BLOCK_TOKENS] -= 1
-        # As many as `_take_blocks` and growth took: a decoding request holds its whole prompt's shared blocks.
-        request._blocks = (known + BLOCK_TOKENS - 2) // BLOCK_TOKENS - self._shareable_blocks(request)
+        self._to_grow -= request._final_blocks - _blocks(known - 1)
 
-    def _drop(self, request: Request) -> int:
-        """Let go of *request*'s blocks; returns how many."""
-        group = self._groups[request.group]
-        group.members -= 1
-        blocks = request._blocks
-        request._blocks = 0
-        if not group.members:
-            blocks += group.blocks
-            del self._groups[request.group]
-        return blocks
+    def _take(self, blocks: int) -> None:
+        """Use free blocks, those first that nobody can hit."""
+        self.free_blocks -= blocks
+        self._unhashed -= blocks
+        while self._unhashed < 0:
+            oldest = self._free[0]
+            evicted = min(oldest.blocks, -self._unhashed)
+            oldest.blocks -= evicted
+            self._unhashed += evicted
+            if not oldest.blocks:
+                self._free.popleft()
+
+    def _let_go(self, request: R, *, may_return: bool = False) -> None:
+        """Free *request*'s blocks; full ones stay cached until they are taken, its own of use only if it returns."""
+        prompt = request._prompt
+        assert prompt is not None, "only requests with blocks let go of them"
+        full = request.kv_tokens // BLOCK_TOKENS - prompt.blocks if prompt.hashed else 0
+        self.free_blocks += request._own_blocks
+        self._unhashed += request._own_blocks - full
+        request._prompt, request._own_blocks = None, 0
+        if full:
+            chain = _Chain(full)
+            self._free.append(chain)
+            if may_return:
+                self._left[request.response_id] = chain
+        prompt.users -= 1
+        if not prompt.users and prompt.blocks:
+            self.free_blocks += prompt.blocks
+            if prompt.hashed:
+                self._free.append(prompt)
+            else:
+                self._unhashed += prompt.blocks
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)

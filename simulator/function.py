@@ -20,14 +20,10 @@ Process = Generator[simpy.Event, Any, None]
 
 
 @dataclass(slots=True, eq=False)
-class Rollout:
+class Rollout(Request):
     """A response on its way through a step."""
 
-    request: Request
-    step: int
-    prompt_id: int | str
-    sample: int
-    truncated: bool
+    step: int = 0
     function: str | None = None
     serving: Serving | None = None  # where it is, or is under way to
     weights_version: int = 0
@@ -53,7 +49,7 @@ class Serving:
                 self.expected -= 1
                 self.inbox.append(rollout)
             else:
-                rollout.request.kv_tokens = 0
+                rollout.kv_tokens = 0
                 rollout.serving.deliver([rollout])
         self.function.poke()
 
@@ -88,7 +84,7 @@ class SimFunction:
         self.gpu_ids: tuple[int, ...] = ()
         self.state = State.STARTING
         self.role: Role | None = None
-        self.engine: Engine | None = None
+        self.engine: Engine[Rollout] | None = None
         self.unfinished: dict[int, Rollout] = {}
         self.assigned_by_step: dict[int, int] = {}
         self.unfinished_by_step: dict[int, int] = {}
@@ -99,7 +95,8 @@ class SimFunction:
         self._sending = 0
         self._wake_up = cluster.env.event()
         self._interruptible = False
-        self._span: tuple[Span, float] | None = None  # what the engine is at, and since when
+        self._span: Span | None = None  # what the engine is at
+        self._span_start_s = 0.0
         self._stage: Stage | None = None
         self._interval: tuple[str, Stage | None, float] | None = None
         self._after = "started"
@@ -109,8 +106,25 @@ class SimFunction:
         """Decode iterations that the engine has finished since its batch last changed."""
         if self.engine is None or self._span is None:
             return 0
-        span, start_s = self._span
-        return self.engine.completed(span, self.cluster.env.now - start_s)
+        return self.engine.completed(self._span, self.cluster.env.now - self._span_start_s)
+
+    def catch_up(self) -> None:
+        """Book the completions so far of a span over several, which nobody asked to hear of at once."""
+        if self.engine is None or self._span is None or not self._span.finish_s:
+            return
+        start_s = self._span_start_s
+        parts = self.engine.cut(self._span, self.cluster.env.now - start_s)
+        if parts is not None:
+            over, self._span = parts
+            self._span_start_s = start_s + over.seconds
+            self._advance(over, start_s)
+
+    def _advance(self, span: Span, start_s: float) -> None:
+        assert self.engine is not None
+        finished = self.engine.advance(span.iterations)
+        if finished:
+            ends = [start_s + finish_s for finish_s in span.finish_s] or [start_s + span.seconds] * len(finished)
+            self.cluster.rollouts_finished(self, finished, ends)
 
     def slots(self) -> int:
         """Responses that it can take with decode latency still flat and KV fitting even if all grow to the cap."""
@@ -141,7 +155,7 @@ class SimFunction:
     def remove(self, rollouts: Sequence[Rollout], target: Serving, with_kv: bool) -> None:
         """Send unfinished responses on to *target*: those in the engine at the end of its iteration."""
         engine_ids = self._engine_ids()
-        in_engine = {r.request.response_id: r for r in rollouts if r.request.response_id in engine_ids}
+        in_engine = {rollout.response_id: rollout for rollout in rollouts if rollout.response_id in engine_ids}
         for rollout in rollouts:
             old = rollout.serving
             assert old is not None, "an assigned response has a place"
@@ -150,15 +164,15 @@ class SimFunction:
             if rollout in old.inbox:
                 old.inbox.remove(rollout)
                 target.deliver([rollout])
-            elif rollout.request.response_id not in in_engine:
+            elif rollout.response_id not in in_engine:
                 old.expected -= 1  # under way; `old` will send it on
         if in_engine:
             self._removals.append((in_engine, target, with_kv))
         self.poke()
 
-    def sends_away(self, response_id: int) -> bool:
-        """Whether a response in the engine is to leave at the end of the iteration."""
-        return any(response_id in rollouts for rollouts, _, _ in self._removals)
+    def leaving(self) -> set[int]:
+        """Responses in the engine that are to leave at the end of the iteration."""
+        return {response_id for rollouts, _, _ in self._removals for response_id in rollouts}
 
     def _engine_ids(self) -> set[int]:
         if self.engine is None:
@@ -249,7 +263,7 @@ class SimFunction:
         """GPUs that share the learner's state with this function; None when it has no part in it."""
         return self.cluster.learner_world() if "learn" in self.roles else None
 
-    def _new_engine(self) -> Engine:
+    def _new_engine(self) -> Engine[Rollout]:
         costs = self.cluster.costs
         return Engine(
             times=costs.times(self.gpus),
@@ -281,7 +295,7 @@ class SimFunction:
         while True:
             if task.inbox or self._removals:
                 self._take_in(task)
-            span = engine.plan()
+            span = engine.plan(self.cluster.completions_ahead(self))
             if span is None:
                 if not (task.expected or task.inbox or self._removals or len(engine)):
                     break
@@ -291,21 +305,29 @@ class SimFunction:
                 continue
             self._enter("busy", "generation")
             self.state, self._stage = State.BUSY, "generation"
-            start_s = env.now
-            self._span = (span, start_s)
+            self._span, self._span_start_s = span, env.now
+            if span.finish_s:
+                self.cluster.ahead[self.name] = self
             try:
                 self._interruptible = True
                 yield env.timeout(span.seconds)
             except simpy.Interrupt:
-                span = engine.boundary(span, env.now - start_s)
-                yield env.timeout(max(start_s + span.seconds - env.now, 0.0))
+                yield env.timeout(self._boundary_s())
             self._interruptible = False
-            self._span = None
-            finished = engine.advance(span.iterations)
-            if finished:
-                self.cluster.rollouts_finished(self, finished)
+            self.cluster.ahead.pop(self.name, None)
+            span, self._span = self._span, None
+            self._advance(span, self._span_start_s)
         self._serving = None
         self._after = "drained"
+
+    def _boundary_s(self) -> float:
+        """Let the span end with the current iteration; seconds until then."""
+        self.catch_up()
+        assert self.engine is not None
+        assert self._span is not None
+        elapsed_s = self.cluster.env.now - self._span_start_s
+        self._span = self.engine.boundary(self._span, elapsed_s)
+        return max(self._span.seconds - elapsed_s, 0.0)
 
     def _wait_once(self) -> Process:
         self._wake_up = self.cluster.env.event()
@@ -315,26 +337,25 @@ class SimFunction:
         assert self.engine is not None
         if task.inbox:
             self.cluster.generating({rollout.step for rollout in task.inbox})
-        while task.inbox:
-            self.engine.add(task.inbox.popleft().request)
+            for rollout in task.inbox:
+                self.engine.add(rollout)
+            task.inbox.clear()
         removals, self._removals = self._removals, []
         for rollouts, target, with_kv in removals:
-            requests, held_blocks = self.engine.remove(rollouts.keys())
-            leaving = [rollouts[request.response_id] for request in requests]
+            leaving = self.engine.remove(rollouts.keys())
             if leaving:
                 self._sending += 1
-                self.cluster.env.process(self._send(leaving, held_blocks, target, with_kv))
+                self.cluster.env.process(self._send(leaving, target, with_kv))
 
-    def _send(self, rollouts: Sequence[Rollout], held_blocks: int, target: Serving, with_kv: bool) -> Process:
+    def _send(self, rollouts: Sequence[Rollout], target: Serving, with_kv: bool) -> Process:
         """Move responses out of the engine to *target*; their blocks are free once the KV has left."""
         assert self.engine is not None
-        requests = [rollout.request for rollout in rollouts]
         if with_kv:
-            yield from self._transfer(sum(request.kv_tokens for request in requests), target.function)
-        else:
-            for request in requests:
-                request.kv_tokens = 0
-        self.engine.give_back(held_blocks)
+            yield from self._transfer(sum(rollout.kv_tokens for rollout in rollouts), target.function)
+        self.engine.give_back(rollouts)
+        if not with_kv:
+            for rollout in rollouts:
+                rollout.kv_tokens = 0
         self._sending -= 1
         self.poke()
         target.deliver(rollouts)
@@ -358,7 +379,7 @@ class SimFunction:
         yield from self._switch("prefill")
         costs = self.cluster.costs
         for piece in _pieces(groups, costs.max_batched_tokens):
-            lengths = [group[0].request.prompt_tokens for group in piece]
+            lengths = [group[0].prompt_tokens for group in piece]
             tokens = sum(lengths)
             attended = sum(length * length / 2 for length in lengths) / tokens
             steps = {group[0].step for group in piece}
@@ -373,10 +394,10 @@ class SimFunction:
         self._sending -= 1
         self.poke()
         for group in groups:
-            group[0].request.computed_tokens += group[0].request.prompt_tokens
+            group[0].computed_tokens += group[0].prompt_tokens
             for rollout in group:
                 # Whole blocks travel, and the last prompt token is computed where its logits are needed.
-                rollout.request.kv_tokens = (rollout.request.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+                rollout.kv_tokens = (rollout.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
             target.deliver(group)
 
     # --- the other stages ---
@@ -469,7 +490,7 @@ def _pieces(groups: Sequence[Sequence[Rollout]], max_tokens: int) -> list[list[S
     pieces: list[list[Sequence[Rollout]]] = []
     room = 0
     for group in groups:
-        tokens = group[0].request.prompt_tokens
+        tokens = group[0].prompt_tokens
         if not pieces or tokens > room:
             pieces.append([])
             room = max_tokens

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from simrl.policies.contract import Prompt, Stage, Trigger
 from simrl.simulator.function import Rollout
@@ -37,7 +39,7 @@ class StepState:
     """An open step."""
 
     step: int
-    epoch: int
+    work: StepWork
     prompts: tuple[Prompt, ...]
     rollouts: list[Rollout]
     started_s: float
@@ -49,9 +51,34 @@ class StepState:
     fired: set[Trigger] = field(default_factory=set)
 
 
+def columns_of(state: StepState, responses_per_prompt: int) -> dict[str, Any]:
+    """A finished step's part of the frame `samples`."""
+    rollouts = state.rollouts
+    prompt_ids = [prompt.prompt_id for prompt in state.prompts]
+    ids = np.array(prompt_ids, dtype=None if all(type(prompt_id) is int for prompt_id in prompt_ids) else object)
+    return {
+        "response_id": [rollout.response_id for rollout in rollouts],
+        "step": np.full(len(rollouts), state.step),
+        "epoch": np.full(len(rollouts), state.work.epoch),
+        "prompt_id": np.repeat(ids, responses_per_prompt),
+        "sample": np.tile(np.arange(responses_per_prompt), len(prompt_ids)),
+        "prompt_tokens": np.repeat([prompt.tokens for prompt in state.prompts], responses_per_prompt),
+        "response_tokens": [rollout.generated for rollout in rollouts],
+        "truncated": np.concatenate(state.work.truncated),
+        "function": np.array([rollout.function for rollout in rollouts], dtype=object),
+        "weights_version": [rollout.weights_version for rollout in rollouts],
+        "assigned_s": [rollout.assigned_s for rollout in rollouts],
+        "finished_s": [rollout.finished_s for rollout in rollouts],
+        "prepared_s": [rollout.prepared_s for rollout in rollouts],
+        "migrations": [rollout.migrations for rollout in rollouts],
+        "prefill_tokens": [rollout.computed_tokens for rollout in rollouts],
+        "cached_tokens": [rollout.cached_tokens for rollout in rollouts],
+    }
+
+
 def total_tokens(rollout: Rollout) -> int:
     """Prompt and response tokens of a finished response."""
-    return rollout.request.prompt_tokens + rollout.request.generated
+    return rollout.prompt_tokens + rollout.generated
 
 
 def balanced_shares(rollouts: Sequence[Rollout], weights: Sequence[int]) -> list[list[Rollout]]:
@@ -59,7 +86,8 @@ def balanced_shares(rollouts: Sequence[Rollout], weights: Sequence[int]) -> list
 
     verl balances with Karmarkar-Karp; over the hundreds of responses of a step both come within a few tokens.
     """
-    order = sorted(rollouts, key=total_tokens, reverse=True)
+    tokens = np.array([rollout.prompt_tokens + rollout.generated for rollout in rollouts], dtype=np.int64)
+    order = [rollouts[i] for i in np.argsort(-tokens, kind="stable").tolist()]
     hands = deal_to_and_fro(order, sum(weights))
     ends = list(itertools.accumulate(weights))
     return [list(itertools.chain(*hands[end - weight : end])) for end, weight in zip(ends, weights, strict=True)]

@@ -76,6 +76,22 @@ class Triggers:
         if StageFinished(stage) in self._subscribed:
             self.events.append(StageFinished(stage, step))
 
+    def completions_ahead(self, open_steps: Mapping[int, StepState], function: SimFunction) -> int:
+        """Completions on *function* up to the first that may fire a trigger or be the last of a step."""
+        if self._every:
+            return 1
+        watched = (*self._below, *self._ratios.get(None, ()))
+        if watched and not all(state.fired.issuperset(watched) for state in open_steps.values()):
+            return 1
+        ahead = []
+        for step, unfinished in function.unfinished_by_step.items():
+            if unfinished:
+                ahead.append(unfinished)
+                assigned, fired = function.assigned_by_step[step], open_steps[step].fired
+                own = (ratio for ratio in self._ratios.get(function.name, ()) if ratio not in fired)
+                ahead += [math.ceil(unfinished - (1 - ratio.ratio) * assigned - EPSILON) for ratio in own]
+        return max(min(ahead, default=1), 1)
+
     def completed(
         self, count: int, open_steps: Mapping[int, StepState], touched: Iterable[StepState], function: SimFunction
     ) -> None:

@@ -86,7 +86,9 @@ class View:
     @property
     def unprepared(self) -> tuple[int, ...]:
         """Finished responses that nobody has been asked to prepare."""
-        return tuple(self._now().unprepared)
+        backend = self._now()
+        backend.catch_up()
+        return tuple(backend.unprepared)
 
     @property
     def history(self) -> Sequence[FinishedStep]:
@@ -101,25 +103,27 @@ class View:
 
     def unfinished(self, function: str) -> tuple[int, ...]:
         """Responses that *function* still has to finish."""
-        return tuple(self._now().functions[function].unfinished)
+        there = self._now().functions[function]
+        there.catch_up()
+        return tuple(there.unfinished)
 
     def response(self, response_id: int) -> Response:
         """What has been seen of a response of an open step."""
         backend = self._now()
         rollout = backend.rollouts[response_id]
-        request = rollout.request
+        row, sample = divmod(response_id % backend.job.responses_per_step, backend.job.responses_per_prompt)
         serving = rollout.serving.function if rollout.serving else None
-        engine = serving.engine if serving else None
-        generated = request.generated
-        if serving and engine and response_id in engine.running:
-            generated = engine.generated(request, serving.completed())
+        generated = rollout.generated
+        if serving and serving.engine:
+            serving.catch_up()
+            generated = serving.engine.generated(rollout, serving.completed())
         return Response(
             response_id=response_id,
             step=rollout.step,
-            prompt_id=rollout.prompt_id,
-            sample=rollout.sample,
-            prompt_tokens=request.prompt_tokens,
-            context_tokens=request.prompt_tokens + generated,
+            prompt_id=backend.steps[rollout.step].prompts[row].prompt_id,
+            sample=sample,
+            prompt_tokens=rollout.prompt_tokens,
+            context_tokens=rollout.prompt_tokens + generated,
             finished=rollout.finished_s is not None,
             function=rollout.function,
         )
@@ -154,6 +158,7 @@ class Functions(Mapping[str, Function]):
 
 
 def _describe(backend: SimulatedBackend, function: SimFunction) -> Function:
+    function.catch_up()
     unfinished = len(function.unfinished)
     return Function(
         name=function.name,

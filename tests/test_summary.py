@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from simrl.traces.parameters import Parameters
-from simrl.traces.records import Frames, Recorder
+from simrl.traces.records import SAMPLE_COLUMNS, Frames, Recorder
 from simrl.traces.summary import Price, flat, summarise
 
 PER_GPU = Price(usd_per_hour=3600.0, per="gpu", minimum_s=12)  # a dollar a second
@@ -26,7 +26,8 @@ def sample(response_id, step, prompt_tokens, response_tokens, migrations, prefil
 
 def tiny():
     recorder = Recorder()
-    recorder.samples += [sample(0, 0, 10, 5, 0, 10), sample(1, 0, 10, 6, 1, 0), sample(2, 1, 20, 7, 2, 35)]
+    rows = [sample(0, 0, 10, 5, 0, 10), sample(1, 0, 10, 6, 1, 0), sample(2, 1, 20, 7, 2, 35)]
+    recorder.samples.append(dict(zip(SAMPLE_COLUMNS, zip(*rows, strict=True), strict=True)))
     recorder.phases += [
         (0, 0, "generation", 12.0, 20.0),
         (0, 0, "learning", 22.0, 25.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ class Recorder:
     """Rows as they are reported; nothing is derived here.
 
     Attributes:
-        samples: A row a response: who generated it when, with which weights, and what its prefill cost. A step is the
-            phase "step", from the arrival of its prompts to the end of its learning.
+        samples: Columns of the responses of a step or of part of one: who generated them when, with which weights, and
+            what their prefill cost. A step is the phase "step", from the arrival of its prompts to the end of its
+            learning.
         phases: A row a step and stage, from first to last activity.
         workers: A row an interval of a function in one state: `busy`, `idle`, `cold` (GPUs held but not yet of use:
             start, wake, park, change of role) or `parked` (no GPU held). `stage` is what it works for, or for an idle
@@ -36,20 +37,21 @@ class Recorder:
         decisions: A row a decision.
     """
 
-    samples: list[tuple[object, ...]] = field(default_factory=list)
+    samples: list[Mapping[str, Any]] = field(default_factory=list)
     phases: list[tuple[object, ...]] = field(default_factory=list)
     workers: list[tuple[object, ...]] = field(default_factory=list)
     decisions: list[tuple[object, ...]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget everything."""
-        for rows in (self.samples, self.phases, self.workers, self.decisions):
+        self.samples.clear()
+        for rows in (self.phases, self.workers, self.decisions):
             rows.clear()
 
     def frames(self) -> Frames:
         """The rows as data frames."""
         return Frames(
-            samples=_frame(self.samples, SAMPLE_COLUMNS),
+            samples=_joined(self.samples, SAMPLE_COLUMNS),
             phases=_frame(self.phases, PHASE_COLUMNS),
             workers=_frame(self.workers, WORKER_COLUMNS),
             decisions=_frame(self.decisions, DECISION_COLUMNS),
@@ -74,8 +76,16 @@ class Frames:
 TEXT = {"prompt_id", "function", "stage", "state", "role", "gpu_ids", "decision", "detail", "node"}  # or may be None
 
 
-def _frame(rows: Sequence[tuple[object, ...]], columns: tuple[str, ...]) -> pd.DataFrame:
+def _joined(chunks: Sequence[Mapping[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:
     import pandas as pd  # heavy: only when a run is over
+
+    if not chunks:
+        return _frame((), columns)
+    return pd.DataFrame({name: np.concatenate([np.asarray(chunk[name]) for chunk in chunks]) for name in columns})
+
+
+def _frame(rows: Sequence[tuple[object, ...]], columns: tuple[str, ...]) -> pd.DataFrame:
+    import pandas as pd
 
     values = zip(*rows, strict=True) if rows else ([] for _ in columns)
     return pd.DataFrame({name: _column(name, column) for name, column in zip(columns, values, strict=True)})

@@ -368,7 +368,7 @@ class Observation(Protocol):
 
     @property
     def unprepared(self) -> tuple[int, ...]:
-        """Finished responses that nobody has been asked to prepare."""
+        """Finished responses that nobody has been asked to prepare, by id."""
 
     @property
     def history(self) -> Sequence[FinishedStep]:

@@ -116,7 +116,8 @@ class SimulatedBackend:
             raise InvalidDecision(decisions, "decide returned no sequence", "a list or tuple of decisions")
         for decision in decisions:
             self._carry_out(decision)
-        self._check_memory(decisions)
+        if decisions:
+            self._check_memory(decisions)
         self._check_progress(decisions)
         try:
             while not self.triggers.events and not self._over:
@@ -158,15 +159,20 @@ class SimulatedBackend:
 
     def _check_progress(self, decisions: Sequence[Decision]) -> None:
         acted = any(not isinstance(decision, Subscribe | Sync) for decision in decisions)  # a Sync may change nothing
-        holding = (f for f in self.functions.values() if f.gpu_ids)  # the others wait for GPUs
-        running = any(f.state in (State.BUSY, State.STARTING) for f in holding)
-        self._idle_calls = 0 if acted or running else self._idle_calls + 1
+        self._idle_calls = 0 if acted or self._runs() else self._idle_calls + 1
         self._frozen_calls = self._frozen_calls + 1 if self.env.now == self._asked_at_s else 0
         self._asked_at_s = self.env.now
         if self._frozen_calls > CALLS_BEFORE_STALL:
             raise PolicyStalled(self._stall_report(f"it was asked {self._frozen_calls} times at one moment"))
         if self._idle_calls > CALLS_BEFORE_STALL:
             raise PolicyStalled(self._stall_report(f"nothing ran in {self._idle_calls} calls"))
+
+    def _runs(self) -> bool:
+        """Whether a function is at work; those that start without GPUs wait for them."""
+        for function in self.functions.values():
+            if function.gpu_ids and function.state in (State.BUSY, State.STARTING):
+                return True
+        return False
 
     def _stall_report(self, why: str) -> str:
         self.catch_up()
@@ -272,7 +278,7 @@ class SimulatedBackend:
         self, function: SimFunction, rollouts: Sequence[Rollout], finished_s: Sequence[float]
     ) -> None:
         """Book responses that *function*'s engine has finished, and fire triggers."""
-        leaving = function.leaving()
+        leaving = function.leaving() if function.removals else ()
         counts: dict[int, int] = {}
         for rollout, time_s in zip(rollouts, finished_s, strict=True):
             if rollout.response_id in leaving:
@@ -477,7 +483,7 @@ class SimulatedBackend:
         unique = set(response_ids)
         if len(unique) != len(response_ids):
             raise InvalidDecision(decision, "it names a response twice", "each response once")
-        if not unique.issubset(among):
+        if not unique <= among.keys():
             wrong = [response_id for response_id in response_ids if response_id not in among]
             unknown = [response_id for response_id in wrong if response_id not in self.rollouts]
             why = f"responses {_some(unknown)} are unknown" if unknown else f"responses {_some(wrong)} are {reason}"
@@ -581,10 +587,11 @@ class SimulatedBackend:
         problem = trigger_problem(decision.trigger)
         if problem:
             raise InvalidDecision(decision, *problem)
-        self.triggers.subscribe(decision.trigger)
         if isinstance(decision.trigger, Completions | CompletionRatio | UnfinishedBelow):
+            self.catch_up()  # what was before does not count
             for function in tuple(self.ahead.values()):
                 function.poke()  # to plan anew
+        self.triggers.subscribe(decision.trigger)
 
     _HANDLERS: Mapping[type, Callable[..., None]] = MappingProxyType({
         Start: _start, Park: _park, Wake: _wake, Release: _release, Assign: _assign, Migrate: _migrate,

@@ -13,7 +13,13 @@ from typing import Literal
 
 from simrl.policies.contract import Role
 from simrl.simulator.engine import BLOCK_TOKENS
-from simrl.traces.iteration import IterationTimes, load_iteration_times, roofline_iteration_times
+from simrl.traces.iteration import (
+    Execution,
+    IterationTimes,
+    graph_batches,
+    load_iteration_times,
+    roofline_iteration_times,
+)
 from simrl.traces.job import Engine as EngineSpec
 from simrl.traces.job import Job
 from simrl.traces.models import Model, load_model
@@ -76,11 +82,13 @@ class Costs:
         self.max_num_seqs = int(self._option("max_num_seqs"))
         self.max_batched_tokens = int(self._option("max_num_batched_tokens"))
         self._utilization = self._option("gpu_memory_utilization")
-        self._cuda_graphs = bool(parameters.number(f"engine.{engine.preset}.cuda_graphs"))
+        self._eager = bool(self._option("enforce_eager"))
         self.latency_s = parameters.number("network.latency_s")
         self.prefix_caching = engine.prefix_caching
         self.weight_bytes = float(self.model.weight_bytes())
         self.kv_token_bytes = float(self.model.kv_bytes_per_token())
+        if engine.kv_cache_dtype == "fp8":
+            self.kv_token_bytes /= 2
         self._forward_flops = 2.0 * self.model.parameters
         self.times = functools.cache(self._times)
         self._flat_batch = functools.cache(self._compute_flat_batch)
@@ -88,21 +96,19 @@ class Costs:
     def _option(self, name: str) -> float:
         """An engine option: the user's, else the preset's."""
         key = f"engine.{self.engine.preset}.{name}"
-        given: float | None = getattr(self.engine, name)
+        given: float | bool | None = getattr(self.engine, name)
         if given is None:
             return self._parameters.number(key)
         shipped = self._parameters.entry(key)
-        self._parameters.note(set_by_user(shipped, float(given)))
+        self._parameters.note(set_by_user(shipped, given if isinstance(given, bool) else float(given)))
         return given
 
     # --- engine iterations ---
 
     def _times(self, gpus: int) -> IterationTimes:
         """Iteration times of an engine that is tensor-parallel over *gpus* GPUs."""
-        calibration, overhead_s = self._option("calibration"), self._overhead_s()
-        times = load_iteration_times(
-            self.model, self.node.gpu, gpus, calibration=calibration, overhead_s=overhead_s
-        ) or self._roofline(gpus, calibration, overhead_s)
+        run = self._execution()
+        times = load_iteration_times(self.model, self.node.gpu, gpus, run) or self._roofline(gpus, run)
         key = f"iteration_times.{self.model.name}.{self.node.gpu}.tp{gpus}"
         ends = (0.5, 2.0) if times.status == "assumed" else (None, None)
         self._parameters.note(
@@ -118,7 +124,19 @@ class Costs:
             return given
         return self._parameters.number(f"engine.{self.engine.preset}.overhead_s_per_layer") * self.model.layers
 
-    def _roofline(self, gpus: int, calibration: float, overhead_s: float) -> IterationTimes:
+    def _execution(self) -> Execution:
+        """What the engine preset and the user's options make of the kernel times."""
+        number, preset = self._parameters.number, f"engine.{self.engine.preset}"
+        launch_s, batches = 0.0, tuple[int, ...]()
+        if self._eager:
+            launch_s = number(f"{preset}.launch_s_per_layer") * self.model.layers
+        else:
+            largest = min(int(number(f"{preset}.graph_max_batch")), self.max_batched_tokens)
+            batches = graph_batches(largest, 256, int(number(f"{preset}.graph_wide_step")))
+        factor = number("serving.fp8_kv_read_factor") if self.engine.kv_cache_dtype == "fp8" else 1.0
+        return Execution(self._option("calibration"), self._overhead_s(), launch_s, batches, factor)
+
+    def _roofline(self, gpus: int, execution: Execution) -> IterationTimes:
         number = self._parameters.number
         return roofline_iteration_times(
             self.model,
@@ -128,8 +146,7 @@ class Costs:
             flops_efficiency=number("roofline.flops_efficiency"),
             memory_efficiency=number("roofline.memory_efficiency"),
             allreduce_bytes_per_s=self.node.link_bytes_per_s,
-            calibration=calibration,
-            overhead_s=overhead_s,
+            execution=execution,
         )
 
     def flat_batch(self, gpus: int, context: float) -> int:
@@ -360,7 +377,7 @@ class Costs:
         phases = {"download": 0.0 if cached else self.weight_bytes / number("start.download_bytes_per_s")}
         phases["weights"] = self.weight_bytes / gpus / number("start.load_bytes_per_s")
         phases["init"] = number("start.init_s")
-        if self._cuda_graphs and {"prefill", "decode"} & set(roles):
+        if not self._eager and {"prefill", "decode"} & set(roles):
             phases["compile"] = number("start.compile_s")
             phases["capture"] = number("start.capture_s")
         return phases

@@ -399,6 +399,8 @@ class Engine(Generic[R]):
 
     def _prefill_growth(self) -> int:
         """Blocks that the next chunk of a prefill under way takes; there is one at most, as it takes all the budget."""
+        if not self._prefilling:
+            return 0
         budget = self.max_batched_tokens - len(self._finishes)
         ends = ((r, min(r.known_tokens, r.kv_tokens + budget)) for r in self._prefilling.values())
         return sum(self._blocks_missing(request, end) for request, end in ends)

@@ -91,7 +91,7 @@ class SimFunction:
         self.ready = cluster.env.event()
         self._tasks: deque[Process | Serving] = deque()
         self._serving: Serving | None = None
-        self._removals: list[tuple[dict[int, Rollout], Serving, bool]] = []
+        self.removals: list[tuple[dict[int, Rollout], Serving, bool]] = []
         self._sending = 0
         self._wake_up = cluster.env.event()
         self._interruptible = False
@@ -167,12 +167,12 @@ class SimFunction:
             elif rollout.response_id not in in_engine:
                 old.expected -= 1  # under way; `old` will send it on
         if in_engine:
-            self._removals.append((in_engine, target, with_kv))
+            self.removals.append((in_engine, target, with_kv))
         self.poke()
 
     def leaving(self) -> set[int]:
         """Responses in the engine that are to leave at the end of the iteration."""
-        return {response_id for rollouts, _, _ in self._removals for response_id in rollouts}
+        return {response_id for rollouts, _, _ in self.removals for response_id in rollouts}
 
     def _engine_ids(self) -> set[int]:
         if self.engine is None:
@@ -293,11 +293,11 @@ class SimFunction:
         yield from self._switch("decode")
         env, engine = self.cluster.env, self.engine
         while True:
-            if task.inbox or self._removals:
+            if task.inbox or self.removals:
                 self._take_in(task)
             span = engine.plan(self.cluster.completions_ahead(self))
             if span is None:
-                if not (task.expected or task.inbox or self._removals or len(engine)):
+                if not (task.expected or task.inbox or self.removals or len(engine)):
                     break
                 self._enter("idle", self._stage)
                 self.state = State.IDLE
@@ -340,7 +340,7 @@ class SimFunction:
             for rollout in task.inbox:
                 self.engine.add(rollout)
             task.inbox.clear()
-        removals, self._removals = self._removals, []
+        removals, self.removals = self.removals, []
         for rollouts, target, with_kv in removals:
             leaving = self.engine.remove(rollouts.keys())
             if leaving:

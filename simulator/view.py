@@ -85,10 +85,10 @@ class View:
 
     @property
     def unprepared(self) -> tuple[int, ...]:
-        """Finished responses that nobody has been asked to prepare."""
+        """Finished responses that nobody has been asked to prepare, by id."""
         backend = self._now()
         backend.catch_up()
-        return tuple(backend.unprepared)
+        return tuple(sorted(backend.unprepared))
 
     @property
     def history(self) -> Sequence[FinishedStep]:

@@ -40,11 +40,16 @@ CALM_AFTER = 400  # calls; a sync waits for every function that starts, so the c
 class RandomPolicy:
     """Random legal decisions; every choice has a chance at every call, so that the job ends.
 
+    Args:
+        seed: Of all choices.
+        watchful: Whether it asks to hear of completions wherever they are.
+
     Attributes:
         done: Decisions by kind.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, watchful: bool = True) -> None:
+        self.watchful = watchful
         self.random = random.Random(seed)
         self.done: Counter[str] = Counter()
         self.roles: dict[str, tuple[Role, ...]] = {}
@@ -86,8 +91,11 @@ class RandomPolicy:
         return [name for name, roles in self.roles.items() if role in roles and name not in self.parked]
 
     def begin(self, observation: Observation) -> None:
-        for trigger in (Completions(self.random.randint(1, 3)), CompletionRatio(0.5), UnfinishedBelow(3)):
-            self.do(Subscribe(trigger))
+        if self.watchful:
+            for trigger in (Completions(self.random.randint(1, 3)), CompletionRatio(0.5), UnfinishedBelow(3)):
+                self.do(Subscribe(trigger))
+        else:
+            self.do(Subscribe(CompletionRatio(0.7, "f0")))
         self.do(Subscribe(FunctionIdle()))
         self.do(Subscribe(StageFinished("preparation")))
         for _ in range(self.random.randint(1, 2)):

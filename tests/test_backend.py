@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import pandas as pd
 import pytest
-from clusters import Lengths, make_backend, make_costs, make_job
+from clusters import EXACT_STARTS, Lengths, make_backend, make_costs, make_job
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from random_policy import RandomPolicy
 
-from simrl.policies.contract import Observation, State
+from simrl.policies.contract import (
+    Assign,
+    At,
+    CompletionRatio,
+    Completions,
+    Decision,
+    FunctionIdle,
+    InvalidDecision,
+    Migrate,
+    Observation,
+    PolicyStalled,
+    Prepare,
+    Role,
+    Start,
+    State,
+    Subscribe,
+    UnfinishedBelow,
+)
 from simrl.simulator.backend import SimulatedBackend
+from simrl.simulator.engine import Span
 from simrl.simulator.function import SimFunction
+from simrl.simulator.triggers import Triggers
 from simrl.traces.job import Engine
 from simrl.traces.records import Frames
 
@@ -113,11 +132,11 @@ class Watch:
         assert needs <= costs.node.gpu_memory_bytes
 
 
-def run(case: Case, seed: int | None = None) -> tuple[Frames, Watch, RandomPolicy]:
+def run(case: Case, seed: int | None = None, *, watchful: bool = True) -> tuple[Frames, Watch, RandomPolicy]:
     job = make_job(case.steps, max_staleness=case.max_staleness)
     costs = make_costs(job, nodes=case.nodes, engine=case.engine)
     backend, recorder = make_backend(costs, case.steps, case.prompt_tokens, case.seed if seed is None else seed)
-    policy = RandomPolicy(case.seed)
+    policy = RandomPolicy(case.seed, watchful=watchful)
     observation: Observation | None = backend.reset()
     watch = Watch(backend)
     calls = 0
@@ -218,8 +237,100 @@ def test_a_run_can_be_repeated(seed: int) -> None:
     assert_same(run(case)[0], run(case)[0])
 
 
+def test_booking_completions_together_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    booked: list[int] = []
+    advance = SimFunction._advance
+    for seed in range(60):
+        case = Case.make(seed, seed % 2)
+        with monkeypatch.context() as one_by_one:
+            one_by_one.setattr(Triggers, "completions_ahead", lambda *_: 1)
+            expected = run(case, watchful=False)[0]
+        with monkeypatch.context() as counting:
+
+            def counted(function: SimFunction, span: Span, start_s: float) -> None:
+                booked.append(len(set(span.finish_s)))
+                advance(function, span, start_s)
+
+            counting.setattr(SimFunction, "_advance", counted)
+            got = run(case, watchful=False)[0]
+        for name, frame in expected.by_name().items():
+            pd.testing.assert_frame_equal(got.by_name()[name], frame, rtol=1e-9, atol=1e-12)
+    assert sum(count > 1 for count in booked) > 100, "hardly any span holds several completions"
+
+
 def test_another_seed_draws_other_start_times() -> None:
     case = Case.make(1, 0)
     first, second = run(case, seed=1)[0].workers, run(case, seed=2)[0].workers
     ready_s = [float(rows[rows.function == "f0"].end_s.iloc[0]) for rows in (first, second)]
     assert ready_s[0] != ready_s[1]
+
+
+LENGTHS = [[8, 16, 24, 32, 40, 48, 56, 64]]
+COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")
+Looks = dict[str, Callable[[SimulatedBackend, Observation], object]]
+
+
+def later(backend: SimulatedBackend, *decisions: Decision) -> list[float]:
+    """Times of the calls after *decisions*, until generation is over."""
+    times_s: list[float] = []
+    try:
+        observation = backend.advance(decisions)
+        while observation is not None:
+            times_s.append(observation.time_s)
+            observation = backend.advance([])
+    except PolicyStalled:
+        pass
+    return times_s
+
+
+def answer(backend: SimulatedBackend, decision: Decision) -> str:
+    try:
+        backend.advance([decision, Subscribe(FunctionIdle())])
+    except InvalidDecision as error:
+        return str(error)
+    return "it is done"
+
+
+LOOKS: Looks = {
+    "unfinished": lambda _, seen: seen.unfinished("a"),
+    "function": lambda _, seen: seen.functions["a"],
+    "response": lambda _, seen: [seen.response(i) for i in range(8)],
+    "finished response": lambda _, seen: seen.response(0).finished,
+    "unprepared": lambda _, seen: seen.unprepared,
+    "migrate": lambda backend, _: answer(backend, Migrate((0, 7), "b")),
+    "prepare": lambda backend, _: answer(backend, Prepare(("b",), (0, 1, 2, 7))),
+    "completions": lambda backend, _: later(backend, Subscribe(Completions(1))),
+    "ratio": lambda backend, _: later(
+        backend, *(Subscribe(CompletionRatio(ratio)) for ratio in (0.6, 0.8)), Subscribe(UnfinishedBelow(2))
+    ),
+    "ratio of a function": lambda backend, _: later(
+        backend, *(Subscribe(CompletionRatio(ratio, "a")) for ratio in (0.6, 0.7, 0.8))
+    ),
+}
+
+
+TIMES = ("completions", "ratio", "ratio of a function")
+
+
+@pytest.mark.parametrize("what", LOOKS)
+def test_whoever_looks_in_mid_generation_sees_each_completion(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(time_s: float) -> object:
+        costs = make_costs(make_job([LENGTHS]), parameters=EXACT_STARTS)
+        backend, _ = make_backend(costs, [LENGTHS])
+        backend.reset()
+        starts = [Start("a", 1, COLOCATED), Start("b", 1, COLOCATED), Assign("a", tuple(range(8)))]
+        observation = backend.advance([*starts, Subscribe(At(time_s))])
+        assert observation is not None
+        assert observation.time_s == time_s
+        return LOOKS[what](backend, observation)
+
+    costs = make_costs(make_job([LENGTHS]), parameters=EXACT_STARTS)
+    started_s = sum(costs.start_phases(1, COLOCATED, cached=False).values())
+    decode_s = costs.times(1).decode_s(8, 30)
+    for iterations in (0.5, 12.3, 20.7, 33.1):
+        time_s = started_s + costs.times(1).prefill_s(160, 10) + iterations * decode_s
+        got = look(time_s)
+        with monkeypatch.context() as one_by_one:
+            one_by_one.setattr(Triggers, "completions_ahead", lambda *_: 1)
+            expected = look(time_s)
+        assert got == (pytest.approx(expected, rel=1e-9) if what in TIMES else expected)

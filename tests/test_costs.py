@@ -269,6 +269,32 @@ def test_only_changing_between_engine_and_trainer_takes_time() -> None:
     assert costs_of(learner_offload=True).switch_s("decode", "prepare", 8) == approx(1.5 + offload_s)
 
 
+def test_fp8_kv_takes_half_the_memory_and_is_marked_as_assumed() -> None:
+    job = make_job([[[8]]])
+    plain, fp8 = make_costs(job), make_costs(job, engine=Engine(tensor_parallel=1, kv_cache_dtype="fp8"))
+    assert fp8.kv_token_bytes == plain.kv_token_bytes / 2
+    assert fp8.kv_blocks(1, None) == pytest.approx(2 * plain.kv_blocks(1, None), abs=1)
+    fp8.times(1)
+    used = {parameter.key: parameter for parameter in fp8._parameters.used()}
+    assert used["serving.fp8_kv_read_factor"].status == "assumed"
+
+
+def test_eager_mode_waits_for_launches_and_graphs_do_not() -> None:
+    job = make_job([[[8]]])
+    graphs, eager = make_costs(job), make_costs(job, engine=Engine(tensor_parallel=1, enforce_eager=True))
+    assert eager.times(1).decode_s(1, 64) == pytest.approx(1.43e-3 * 24)  # qwen2.5-0.5b has 24 layers
+    assert graphs.times(1).decode_s(1, 64) < 5e-3
+    used = {parameter.key: parameter for parameter in eager._parameters.used()}
+    assert used["engine.vllm-current.enforce_eager"].value is True
+    assert used["engine.vllm-current.enforce_eager"].source.startswith("set by the user")
+
+
+def test_graphs_pad_batches_up_to_the_largest_captured() -> None:
+    times = make_costs(make_job([[[8]]])).times(1)
+    assert times.decode_s(249, 1) == pytest.approx(times.decode_s(256, 1))
+    assert times.decode_s(257, 1) == pytest.approx(times.decode_s(272, 1))
+
+
 def test_a_start_compiles_only_with_cuda_graphs() -> None:
     weights = {"download": WEIGHTS_7B / 250e6, "weights": WEIGHTS_7B / 2 / 500e6, "init": 90.0}
     graphs = costs_of(engine=Engine(preset="vllm-current"))

@@ -10,8 +10,10 @@ from simrl.experiments.derive_iteration_times import Estimator
 from simrl.traces.iteration import (
     BATCH_KNOTS,
     CONTEXT_KNOTS,
+    Execution,
     IterationTimes,
     Table,
+    graph_batches,
     load_iteration_times,
     roofline_iteration_times,
 )
@@ -31,11 +33,11 @@ PREFILL = Table((1, 11), (10, 30), ((2, 4), (22, 44)))
 
 
 def times_of(decode=DECODE, prefill=PREFILL, **options):
-    return IterationTimes(decode, prefill, source="this test", status="assumed", **options)
+    return IterationTimes(decode, prefill, execution=Execution(**options), source="this test", status="assumed")
 
 
 def shipped(name, gpu, tensor_parallel, **options):
-    times = load_iteration_times(load_model(name), gpu, tensor_parallel, **options)
+    times = load_iteration_times(load_model(name), gpu, tensor_parallel, Execution(**options))
     assert times is not None
     return times
 
@@ -58,6 +60,35 @@ def test_decode_at_and_between_knots():
 
 def test_prefill_between_knots():
     assert times_of().prefill_s(6, 20) == pytest.approx(((2 + 4) / 2 + (22 + 44) / 2) / 2)
+
+
+def test_launches_hide_kernels_that_are_faster_and_overhead_adds_to_both():
+    times = times_of(calibration=2.0, launch_s=5.0, overhead_s=0.25)
+    assert times.decode_s(1, 10) == max(2 * 1, 5) + 0.25
+    assert times.decode_s(5, 40) == max(2 * 12, 5) + 0.25
+
+
+def test_graphs_pad_the_linear_layers_of_a_batch_and_not_its_context():
+    times = times_of(graph_batches=(1, 3, 4))
+    assert times.decode_s(1, 20) == 2
+    # Batch 2 at context 20 reads (2 + 6) / 2 = 4, of which its linear layers, at the first knot, (1 + 3) / 2 = 2;
+    # those of batch 3 take 3.
+    assert times.decode_s(2, 20) == pytest.approx(4 + (3 - 2))
+    assert times.decode_s(5, 20) == 6  # larger than any captured
+    assert times.prefill_s(2, 10) == pytest.approx(2 + 2 * 2)  # 3 tokens, 2 each
+
+
+def test_reading_kv_of_another_type_scales_what_context_adds():
+    times = times_of(kv_read_factor=0.5)
+    assert times.decode_s(1, 40) == 1 + (6 - 1) / 2
+    assert times.prefill_s(1, 30) == 4  # of prompts it is computing
+
+
+def test_captured_batches_are_those_of_vllm():
+    assert graph_batches(512, 256, 16) == (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+    assert graph_batches(512, 256, 8) == (1, 2, 4, *range(8, 513, 8))
+    assert graph_batches(20, 256, 16) == (1, 2, 4, 8, 16)
+    assert graph_batches(3, 256, 16) == (1, 2)
 
 
 def test_calibration_scales_the_table_and_overhead_adds():
@@ -299,10 +330,20 @@ def test_rows_may_come_in_any_order():
     assert Table.from_rows(rows) == Table((1, 3), (10, 20), ((1, 2), (3, 4)))
 
 
-@pytest.mark.parametrize("option", [{"calibration": 0.0}, {"calibration": math.nan}, {"overhead_s": -1.0}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"calibration": 0.0},
+        {"calibration": math.nan},
+        {"overhead_s": -1.0},
+        {"launch_s": math.inf},
+        {"kv_read_factor": 0.0},
+        {"graph_batches": (4, 4)},
+    ],
+)
 def test_options_are_checked(option):
     (name,) = option
-    with pytest.raises(ValueError, match=f"{name}="):
+    with pytest.raises(ValueError, match=name):
         times_of(**option)
 
 
@@ -408,7 +449,7 @@ def test_roofline_is_within_half_of_the_shipped_table():
 
 
 def test_roofline_is_assumed_and_takes_calibration_and_overhead():
-    plain, changed = roofline(), roofline(calibration=2.0, overhead_s=0.01)
+    plain, changed = roofline(), roofline(execution=Execution(calibration=2.0, overhead_s=0.01))
     assert plain.status == "assumed"
     assert "roofline" in plain.source
     assert changed.decode_s(32, 1024) == pytest.approx(2 * plain.decode_s(32, 1024) + 0.01)

@@ -123,7 +123,7 @@ def test_only_what_was_read_is_listed() -> None:
         ({"gpu": {"l40s": {"learn_mfu": float("nan")}}}, "learn_mfu=nan must be a finite number"),
         ({"gpu": {"l40s": {"learn_mfu": float("inf")}}}, "learn_mfu=inf must be a finite number"),
         ({"node": {"g6e.48xlarge": {"gpu": 3}}}, "gpu=3 must be a str"),
-        ({"engine": {"vllm-current": {"cuda_graphs": 1}}}, "cuda_graphs=1 must be a bool"),
+        ({"engine": {"vllm-current": {"enforce_eager": 1}}}, "enforce_eager=1 must be a bool"),
     ],
 )
 def test_a_bad_override_says_what_is_wrong(overrides: dict[str, Any], words: str) -> None:

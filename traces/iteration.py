@@ -6,14 +6,14 @@ up to an iteration. `simrl.experiments.derive_iteration_times` asked that estima
 rounded the answers to five digits; with ``--check`` it prints how far lookups here are from the estimator.
 
 What the numbers are not: the estimator interpolates to the dimensions of Qwen2.5, and knows nothing of CPU time,
-scheduling and kernel launches, so that `overhead_s` must come from elsewhere. Its all-reduce on L40S is very slow from
-four GPUs on: a prefill takes longer at TP 4 than at TP 1.
+scheduling and kernel launches, so that they must come from elsewhere (`Execution`). Its all-reduce on L40S is very slow
+from four GPUs on: a prefill takes longer at TP 4 than at TP 1.
 """
 
 from __future__ import annotations
 
 import csv
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -99,6 +99,54 @@ def _check_knots(axis: str, knots: Sequence[float]) -> None:
             raise ValueError(f"{axis}[{i}]={knots[i]} must be finite and above {axis}[{i - 1}]={knots[i - 1]}")
 
 
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < inf:
+        raise ValueError(f"{name}={value} must be finite and > 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How an engine runs the kernels whose times a table holds.
+
+    An iteration takes ``max(table * calibration, launch_s) + overhead_s``: launches run ahead of the GPU, and whichever
+    of the two is slower sets the pace.
+
+    Attributes:
+        calibration: What the engine's kernels take, as a multiple of the table.
+        overhead_s: Host time that the GPU has to wait for.
+        launch_s: Launching an iteration's kernels one by one (eager mode); 0 with CUDA graphs.
+        graph_batches: Batches that CUDA graphs were captured for, ascending. An iteration of fewer tokens is padded to
+            the next one, one of more tokens is not padded.
+        kv_read_factor: Time to read the context of decoding responses, as a multiple of the table's bf16.
+    """
+
+    calibration: float = 1.0
+    overhead_s: float = 0.0
+    launch_s: float = 0.0
+    graph_batches: tuple[int, ...] = ()
+    kv_read_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("calibration", "kv_read_factor"):
+            _check_positive(name, getattr(self, name))
+        for name in ("overhead_s", "launch_s"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and >= 0")
+        if self.graph_batches:
+            _check_knots("graph_batches", self.graph_batches)
+
+    def padded(self, tokens: int) -> int:
+        """Tokens that an iteration of *tokens* tokens really computes."""
+        i = bisect_left(self.graph_batches, tokens)
+        return self.graph_batches[i] if i < len(self.graph_batches) else tokens
+
+
+def graph_batches(max_batch: int, wide_from: int, wide_step: int) -> tuple[int, ...]:
+    """Batches that vLLM captures: 1, 2, 4, multiples of 8, and from *wide_from* on multiples of *wide_step*."""
+    narrow = [*(b for b in (1, 2, 4) if b <= max_batch), *range(8, min(wide_from, max_batch + 1), 8)]
+    return (*narrow, *range(wide_from, max_batch + 1, wide_step))
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """Seconds against context at one number of tokens: ``intercepts[i] + slopes[i] * context`` in segment i.
@@ -114,20 +162,20 @@ class _Row:
 class _Lookup:
     """A table's rows for any number of tokens, interpolated once and kept."""
 
-    def __init__(self, table: Table, calibration: float, overhead_s: float) -> None:
+    def __init__(self, table: Table, execution: Execution, read_factor: float = 1.0) -> None:
         self.table = table
         self.knots = [float(context) for context in table.contexts]
         self.ends = [*self.knots, inf]
         self.last_context = self.knots[-1]
         self.rows: dict[int, _Row] = {}
-        self._calibration = calibration
-        self._overhead_s = overhead_s
+        self._execution = execution
+        self._read_factor = read_factor
 
     def make_row(self, tokens: int) -> _Row:
         """Interpolate the row of *tokens* and keep it in `rows`."""
         if tokens < 1:
             raise ValueError(f"an iteration needs at least 1 token, got {tokens}")
-        times = [seconds * self._calibration + self._overhead_s for seconds in self._seconds(tokens)]
+        times = self._times(tokens)
         knots = self.knots
         slopes = [0.0]  # below the first knot its time holds
         slopes += [(times[i + 1] - times[i]) / (knots[i + 1] - knots[i]) for i in range(len(knots) - 1)]
@@ -137,6 +185,15 @@ class _Lookup:
         intercepts = [times[start] - slope * knots[start] for start, slope in zip(starts, slopes, strict=True)]
         row = self.rows[tokens] = _Row(intercepts, slopes, outside=tokens > self.table.tokens[-1])
         return row
+
+    def _times(self, tokens: int) -> list[float]:
+        """What the engine makes of the table's times, at each context knot."""
+        run, seconds = self._execution, self._seconds(tokens)
+        shortest_s, padded = seconds[0], run.padded(tokens)
+        # Padding goes through the linear layers; only real tokens have a context to read.
+        padding_s = max(self._seconds(padded)[0] - shortest_s, 0.0) if padded > tokens else 0.0
+        kernels = (shortest_s + padding_s + (s - shortest_s) * self._read_factor for s in seconds)
+        return [max(kernel_s * run.calibration, run.launch_s) + run.overhead_s for kernel_s in kernels]
 
     def _seconds(self, tokens: int) -> list[float]:
         knots, rows = self.table.tokens, self.table.seconds
@@ -155,7 +212,7 @@ class _Lookup:
 class IterationTimes:
     """Seconds of one engine iteration, from a decode and a prefill table.
 
-    Times are linear between knots; a lookup is ``table * calibration + overhead_s``. Below the first knot its time
+    Times at the knots are the table's as `Execution` changes them, and linear between. Below the first knot its time
     holds. Beyond the last knot the last segment goes on, level if it falls, and `extrapolated` counts such lookups.
 
     Attributes:
@@ -169,20 +226,15 @@ class IterationTimes:
         decode: Table,
         prefill: Table,
         *,
-        calibration: float = 1.0,
-        overhead_s: float = 0.0,
+        execution: Execution = Execution(),
         source: str,
         status: Status,
     ) -> None:
-        if not 0 < calibration < inf:
-            raise ValueError(f"calibration={calibration} must be finite and > 0")
-        if not 0 <= overhead_s < inf:
-            raise ValueError(f"overhead_s={overhead_s} must be finite and >= 0")
         self.source = source
         self.status: Status = status
         self.extrapolated = 0
-        self._decode = _Lookup(decode, calibration, overhead_s)
-        self._prefill = _Lookup(prefill, calibration, overhead_s)
+        self._decode = _Lookup(decode, execution, execution.kv_read_factor)
+        self._prefill = _Lookup(prefill, execution)
 
     def decode_s(self, batch: int, context: float) -> float:
         """Seconds of an iteration in which *batch* requests of mean *context* tokens decode one token each."""
@@ -323,16 +375,14 @@ def _terms_until(first: float, slope: float, total: float) -> int:
 
 
 def load_iteration_times(
-    model: Model, gpu: str, tensor_parallel: int, *, calibration: float = 1.0, overhead_s: float = 0.0
+    model: Model, gpu: str, tensor_parallel: int, execution: Execution = Execution()
 ) -> IterationTimes | None:
     """Times from the shipped table, or None when it does not hold this model, GPU and tensor-parallel degree."""
     tables = _shipped_tables().get((model.name, gpu.lower(), tensor_parallel))
     if tables is None:
         return None
     decode, prefill = tables
-    return IterationTimes(
-        decode, prefill, calibration=calibration, overhead_s=overhead_s, source=SOURCE, status="derived"
-    )
+    return IterationTimes(decode, prefill, execution=execution, source=SOURCE, status="derived")
 
 
 @cache
@@ -356,8 +406,7 @@ def roofline_iteration_times(
     flops_efficiency: float,
     memory_efficiency: float,
     allreduce_bytes_per_s: float,
-    calibration: float = 1.0,
-    overhead_s: float = 0.0,
+    execution: Execution = Execution(),
 ) -> IterationTimes:
     """Times from peak rates, where nothing was measured; on the shipped table's knots, in bf16.
 
@@ -385,8 +434,7 @@ def roofline_iteration_times(
     return IterationTimes(
         Table.from_rows(decode),
         Table.from_rows(prefill),
-        calibration=calibration,
-        overhead_s=overhead_s,
+        execution=execution,
         source=(
             f"roofline: {peak_flops:.4g} FLOP/s at {flops_efficiency:g}, "
             f"{memory_bytes_per_s:.4g} B/s at {memory_efficiency:g}, TP {tensor_parallel}"
@@ -436,11 +484,6 @@ def _allreduce_s(model: Model, rates: _Rates, tokens: int) -> float:
     message_bytes = 2 * tokens * model.hidden
     ring = 2 * (rates.tensor_parallel - 1) / rates.tensor_parallel
     return 2 * model.layers * message_bytes * ring / rates.allreduce_bytes_per_s
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < inf:
-        raise ValueError(f"{name}={value} must be finite and > 0")
 
 
 def _check_share(name: str, value: float) -> None:

@@ -66,6 +66,8 @@ class Engine(Section):
     max_num_batched_tokens: int | None = Field(None, ge=1)
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     prefix_caching: bool = True
+    enforce_eager: bool | None = Field(None, description="launch kernel by kernel instead of by CUDA graphs")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="auto: the model's, bf16; fp8 halves the KV")
     calibration: float | None = Field(None, gt=0)
     overhead_s: float | None = Field(None, ge=0)
 

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from simrl.experiments.config import Config, ConfigError, check_context, check_tensor_parallel, config_toml
 from simrl.policies.contract import InvalidDecision, Policy, PolicyStalled, drive
 from simrl.policies.registry import build_policy, load_policy_class
+from simrl.policies.runtime.steps import StepWork
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.costs import Costs, NodeType
-from simrl.simulator.steps import StepWork
 from simrl.traces.lengths import LengthModel, load_workload, prompts_of_step
 from simrl.traces.oracle import Oracle
 from simrl.traces.parameters import Parameter, Parameters

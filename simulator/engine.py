@@ -14,34 +14,20 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
+from simrl.policies.runtime.function import Rollout
 from simrl.traces.iteration import IterationTimes
 
 BLOCK_TOKENS = 16  # vLLM's default block size on CUDA
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class Request(Rollout):
     """A response as an engine handles it.
 
-    Attributes:
-        response_id: Id in the run.
-        group: Requests of one group have the same prompt and share its full KV blocks.
-        prompt_tokens: Length of the prompt.
-        target_tokens: Length at which generation ends; known to the engine as it is to nature.
-        generated: Tokens generated so far; while it decodes, as of the last change of the batch it took part in.
-        kv_tokens: Tokens whose KV is on this engine's GPUs, or was sent along when it arrived.
-        computed_tokens: Prompt (or recomputed) tokens that prefill really computed for it, over its life.
-        cached_tokens: Tokens that prefill could skip, because they were cached or had been sent.
+    Its `group` shares the full KV blocks of its prompt. While it decodes, `generated` is as of the last change of the
+    batch that it took part in.
     """
 
-    response_id: int
-    group: int
-    prompt_tokens: int
-    target_tokens: int
-    generated: int = 0
-    kv_tokens: int = 0
-    computed_tokens: int = 0
-    cached_tokens: int = 0
     _final_blocks: int = 0  # those that it has when it is complete
     _own_blocks: int = 0  # while it decodes, as of its start
     _prompt: _Chain | None = None  # while it has blocks

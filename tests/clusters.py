@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from simrl.policies.runtime.steps import StepWork
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.costs import Costs, NodeType
-from simrl.simulator.steps import StepWork
 from simrl.traces.job import Engine, Job
 from simrl.traces.parameters import Parameters
 from simrl.traces.records import Recorder

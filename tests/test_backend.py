@@ -33,10 +33,10 @@ from simrl.policies.contract import (
     Subscribe,
     UnfinishedBelow,
 )
+from simrl.policies.runtime.triggers import Triggers
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.engine import Span
 from simrl.simulator.function import SimFunction
-from simrl.simulator.triggers import Triggers
 from simrl.traces.job import Engine
 from simrl.traces.records import Frames
 

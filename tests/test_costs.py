@@ -9,8 +9,9 @@ import pytest
 import simpy
 from clusters import make_costs, make_job
 
-from simrl.simulator.cluster import GpuPool, Network
+from simrl.policies.runtime.leases import GpuPool
 from simrl.simulator.costs import Costs, DoesNotFit
+from simrl.simulator.network import Network, NodeLinks
 from simrl.traces.job import Engine, Job
 
 # Round numbers, so that re-sourcing a constant does not touch these tests.
@@ -310,7 +311,7 @@ def test_a_start_compiles_only_with_cuda_graphs() -> None:
 def network(nodes: int = 3) -> tuple[simpy.Environment, Network, Costs]:
     costs = costs_of(nodes=nodes)
     env = simpy.Environment()
-    return env, Network(env, GpuPool(env, nodes, costs.node).nodes, costs), costs
+    return env, Network(env, [NodeLinks() for _ in range(nodes)], costs), costs
 
 
 def arrivals(env: simpy.Environment, sends: dict[str, simpy.Event]) -> dict[str, float]:
@@ -379,7 +380,7 @@ def test_small_functions_hold_up_a_nic_for_longer() -> None:
 
 def pool(nodes: int = 2) -> GpuPool:
     costs = costs_of(nodes=nodes)
-    return GpuPool(simpy.Environment(), nodes, costs.node)
+    return GpuPool(simpy.Environment(), nodes, costs.node.gpus)
 
 
 def test_all_gpus_of_a_lease_are_on_one_node() -> None:

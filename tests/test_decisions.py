@@ -33,7 +33,8 @@ from simrl.policies.contract import (
     Wake,
     drive,
 )
-from simrl.simulator.backend import CALLS_BEFORE_STALL, SimulatedBackend
+from simrl.policies.runtime.backend import CALLS_BEFORE_STALL
+from simrl.simulator.backend import SimulatedBackend
 from simrl.traces.job import Engine
 
 COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")

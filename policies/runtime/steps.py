@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from simrl.policies.contract import Prompt, Stage, Trigger
-from simrl.simulator.function import Rollout
+from simrl.policies.runtime.function import Rollout
 
 Card = TypeVar("Card")
 

@@ -19,8 +19,8 @@ from simrl.policies.contract import (
     Trigger,
     UnfinishedBelow,
 )
-from simrl.simulator.function import Process, SimFunction
-from simrl.simulator.steps import StepState
+from simrl.policies.runtime.function import ClusterFunction, Process
+from simrl.policies.runtime.steps import StepState
 
 EPSILON = 1e-9  # responses; a ratio such as 0.7 of 10 must fire at the 7th
 
@@ -76,7 +76,7 @@ class Triggers:
         if StageFinished(stage) in self._subscribed:
             self.events.append(StageFinished(stage, step))
 
-    def completions_ahead(self, open_steps: Mapping[int, StepState], function: SimFunction) -> int:
+    def completions_ahead(self, open_steps: Mapping[int, StepState], function: ClusterFunction) -> int:
         """Completions on *function* up to the first that may fire a trigger or be the last of a step."""
         if self._every:
             return 1
@@ -93,7 +93,7 @@ class Triggers:
         return max(min(ahead, default=1), 1)
 
     def completed(
-        self, count: int, open_steps: Mapping[int, StepState], touched: Iterable[StepState], function: SimFunction
+        self, count: int, open_steps: Mapping[int, StepState], touched: Iterable[StepState], function: ClusterFunction
     ) -> None:
         """*count* responses of the *touched* steps finished on *function*."""
         if not (self._every or self._below or self._ratios):

@@ -1,4 +1,4 @@
-"""Nodes, GPUs and the network between them."""
+"""Nodes, and leases of their GPUs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import simpy
-
-from simrl.simulator.costs import Costs, NodeType
 
 Gpus = tuple[int, ...]  # indices of GPUs on one node
 
@@ -18,9 +16,6 @@ class NodeState:
 
     index: int
     free: list[int]
-    sends_until_s: float = 0.0
-    receives_until_s: float = 0.0
-    weights_cached: simpy.Event | None = None  # on its disk, once this has happened
 
 
 @dataclass(slots=True)
@@ -36,9 +31,9 @@ class GpuPool:
     A request that waits holds up later ones for the nodes that it could be served by, and no others.
     """
 
-    def __init__(self, env: simpy.Environment, nodes: int, node_type: NodeType) -> None:
+    def __init__(self, env: simpy.Environment, nodes: int, gpus_per_node: int) -> None:
         self.env = env
-        self.nodes = [NodeState(index, list(range(node_type.gpus))) for index in range(nodes)]
+        self.nodes = [NodeState(index, list(range(gpus_per_node))) for index in range(nodes)]
         self._queue: deque[_Waiting] = deque()
 
     def lease(self, gpus: int, node: int | None) -> simpy.Event:
@@ -69,23 +64,3 @@ class GpuPool:
             gpu_ids, state.free = tuple(state.free[: waiting.gpus]), state.free[waiting.gpus :]
             waiting.granted.succeed((state.index, gpu_ids))
         self._queue = still
-
-
-class Network:
-    """KV transfers between nodes. A NIC serves them one after the other, so its bytes are shared, never doubled."""
-
-    def __init__(self, env: simpy.Environment, nodes: list[NodeState], costs: Costs) -> None:
-        self.env, self.nodes, self.costs = env, nodes, costs
-
-    def send(self, source: int, target: int, kv_tokens: int, gpus: int) -> simpy.Event:
-        """A transfer that begins now, or when both NICs have finished what they were given before.
-
-        *gpus* is the size of the smaller of the two functions.
-        """
-        if source == target:
-            return self.env.timeout(self.costs.transfer_s(kv_tokens, gpus, same_node=True))
-        sender, receiver = self.nodes[source], self.nodes[target]
-        start_s = max(self.env.now, sender.sends_until_s, receiver.receives_until_s)
-        end_s = start_s + self.costs.transfer_s(kv_tokens, gpus, same_node=False)
-        sender.sends_until_s = receiver.receives_until_s = end_s - self.costs.latency_s
-        return self.env.timeout(end_s - self.env.now)

@@ -1,33 +1,31 @@
-"""What a policy sees of the simulated cluster."""
+"""What a policy sees of a cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from simrl.policies.contract import Event, FinishedStep, Function, Node, Prompt, Response, Role, State
-from simrl.simulator.costs import Costs
-from simrl.simulator.engine import BLOCK_TOKENS
+from simrl.policies.contract import Estimates, Event, FinishedStep, Function, Node, Prompt, Response, State
 from simrl.traces.job import Engine, Job
 
 if TYPE_CHECKING:
-    from simrl.simulator.backend import SimulatedBackend
-    from simrl.simulator.function import SimFunction
+    from simrl.policies.runtime.backend import ClusterBackend
+    from simrl.policies.runtime.function import ClusterFunction
 
 
 class View:
-    """The `Observation` of a simulated cluster: looks things up when asked, and expires with the next `advance`."""
+    """The `Observation` of a cluster: looks things up when asked, and expires with the next `advance`."""
 
     __slots__ = ("_backend", "_events", "_valid")
 
-    def __init__(self, backend: SimulatedBackend, events: tuple[Event, ...]) -> None:
+    def __init__(self, backend: ClusterBackend, events: tuple[Event, ...]) -> None:
         self._backend, self._events, self._valid = backend, events, True
 
     def expire(self) -> None:
         """The cluster moves on."""
         self._valid = False
 
-    def _now(self) -> SimulatedBackend:
+    def _now(self) -> ClusterBackend:
         if not self._valid:
             raise RuntimeError("an observation is valid until the next advance: keep values of it, not the observation")
         return self._backend
@@ -55,7 +53,7 @@ class View:
     @property
     def engine(self) -> Engine:
         """Options of the rollout engines."""
-        return self._now().costs.engine
+        return self._now().engine
 
     @property
     def functions(self) -> Mapping[str, Function]:
@@ -66,7 +64,7 @@ class View:
     def nodes(self) -> Sequence[Node]:
         """The cluster's machines."""
         backend = self._now()
-        return tuple(Node(node.index, backend.costs.node.gpus, len(node.free)) for node in backend.pool.nodes)
+        return tuple(Node(node.index, backend.gpus_per_node, len(node.free)) for node in backend.pool.nodes)
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -96,10 +94,9 @@ class View:
         return tuple(self._now().history)
 
     @property
-    def estimates(self) -> ProfiledEstimates:
+    def estimates(self) -> Estimates:
         """What profiling knows in advance."""
-        backend = self._now()
-        return ProfiledEstimates(backend.costs, backend.learner_world() or None, backend.typical_context())
+        return self._now().estimates()
 
     def unfinished(self, function: str) -> tuple[int, ...]:
         """Responses that *function* still has to finish."""
@@ -112,11 +109,10 @@ class View:
         backend = self._now()
         rollout = backend.rollouts[response_id]
         row, sample = divmod(response_id % backend.job.responses_per_step, backend.job.responses_per_prompt)
-        serving = rollout.serving.function if rollout.serving else None
         generated = rollout.generated
-        if serving and serving.engine:
-            serving.catch_up()
-            generated = serving.engine.generated(rollout, serving.completed())
+        if rollout.serving is not None:
+            rollout.serving.function.catch_up()
+            generated = rollout.serving.function.generated(rollout)
         return Response(
             response_id=response_id,
             step=rollout.step,
@@ -157,7 +153,7 @@ class Functions(Mapping[str, Function]):
         return len(self._view.names())
 
 
-def _describe(backend: SimulatedBackend, function: SimFunction) -> Function:
+def _describe(backend: ClusterBackend, function: ClusterFunction) -> Function:
     function.catch_up()
     unfinished = len(function.unfinished)
     return Function(
@@ -171,74 +167,5 @@ def _describe(backend: SimulatedBackend, function: SimFunction) -> Function:
         num_assigned=sum(function.assigned_by_step.get(step, 0) for step in backend.steps),
         num_unfinished=unfinished,
         free_slots=max(function.slots() - unfinished, 0),
-        kv_used=function.engine.kv_used(function.completed()) if function.engine else 0.0,
+        kv_used=function.kv_used(),
     )
-
-
-class ProfiledEstimates:
-    """`Estimates` from the cost model that the simulator itself uses: profiling without error.
-
-    Args:
-        costs: The cost model.
-        learner_world: GPUs that share the learner's state, as far as started.
-        context: Mean tokens of a response in mid-generation.
-    """
-
-    def __init__(self, costs: Costs, learner_world: int | None, context: float) -> None:
-        self._costs, self._world, self._context = costs, learner_world, context
-
-    def _learners(self, roles: tuple[Role, ...]) -> int | None:
-        return self._world if "learn" in roles else None
-
-    def decode_s(self, batch: int, context: float, gpus: int) -> float:
-        """One iteration of *batch* decoding responses."""
-        return self._costs.times(gpus).decode_s(batch, context)
-
-    def prefill_s(self, tokens: int, gpus: int) -> float:
-        """Prefill of *tokens* tokens of short prompts, iteration by iteration."""
-        if not tokens:
-            return 0.0
-        full, rest = divmod(tokens, self._costs.max_batched_tokens)
-        times = self._costs.times(gpus)
-        attended = self._costs.job.max_prompt_tokens / 4
-        last_s = times.prefill_s(rest, attended) if rest else 0.0
-        return full * times.prefill_s(self._costs.max_batched_tokens, attended) + last_s
-
-    def flat_batch(self, gpus: int) -> int:
-        """Largest batch at which decode latency is still flat."""
-        return self._costs.flat_batch(gpus, self._context)
-
-    def kv_tokens(self, gpus: int, roles: tuple[Role, ...]) -> int:
-        """Tokens whose KV fits in a function's engine."""
-        return self._costs.kv_blocks(gpus, self._learners(roles)) * BLOCK_TOKENS
-
-    def transfer_s(self, tokens: int, gpus: int, *, same_node: bool) -> float:
-        """Sending the KV of *tokens* tokens between functions of *gpus* GPUs over an unloaded link."""
-        return self._costs.transfer_s(tokens, gpus, same_node=same_node)
-
-    def start_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
-        """Expected cold start on a node that has the weights on disk."""
-        return sum(self._costs.start_phases(gpus, roles, cached=True).values())
-
-    def park_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
-        """Moving a function to host memory."""
-        return self._costs.park_s(gpus, roles, self._learners(roles))
-
-    def wake_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
-        """Bringing a parked function back."""
-        return self._costs.wake_s(gpus, roles, self._learners(roles))
-
-    def prepare_s(self, tokens: int, gpus: int) -> float:
-        """Preparation of responses with *tokens* tokens on *gpus* GPUs in all."""
-        mean_tokens = (self._costs.job.max_prompt_tokens + self._costs.job.max_response_tokens) / 4
-        return self._costs.prepare_s(tokens, max(1, round(tokens / mean_tokens)), gpus)
-
-    def learn_s(self, tokens: int, gpus: int) -> float:
-        """Learning on *tokens* tokens, evenly spread over *gpus* GPUs in all."""
-        mean_tokens = (self._costs.job.max_prompt_tokens + self._costs.job.max_response_tokens) / 4
-        nodes = -(-gpus // self._costs.node.gpus)
-        return self._costs.learn_s(-(-tokens // gpus), mean_tokens, gpus, nodes)
-
-    def sync_s(self, gpus: int) -> float:
-        """Sending new weights to functions of *gpus* GPUs."""
-        return self._costs.sync_s(gpus, self._costs.nodes)

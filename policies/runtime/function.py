@@ -1,0 +1,472 @@
+"""A function's life as a SimPy process: lease GPUs, start, then one task after the other until it is released."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import simpy
+
+from simrl.policies.contract import Role, Stage, State
+
+if TYPE_CHECKING:
+    from simrl.policies.runtime.backend import ClusterBackend
+
+Process = Generator[simpy.Event, Any, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Rollout:
+    """A response on its way through a step.
+
+    Attributes:
+        response_id: Id in the run.
+        group: Responses of one group have the same prompt.
+        prompt_tokens: Length of the prompt.
+        target_tokens: Length at which generation ends, where it is known beforehand: to nature, not to policies.
+        generated: Tokens generated so far, as of its engine's last report.
+        kv_tokens: Tokens whose KV is on its engine's GPUs, or was sent along when it arrived.
+        computed_tokens: Prompt (or recomputed) tokens that prefill really computed for it, over its life.
+        cached_tokens: Tokens that prefill could skip, because they were cached or had been sent.
+    """
+
+    response_id: int
+    group: int
+    prompt_tokens: int
+    target_tokens: int
+    generated: int = 0
+    kv_tokens: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    step: int = 0
+    function: str | None = None
+    serving: Serving | None = None  # where it is, or is under way to
+    weights_version: int = 0
+    assigned_s: float = 0.0
+    finished_s: float | None = None
+    prepared_s: float | None = None
+    migrations: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Serving:
+    """A task: generate what arrives until nothing is left and nothing is under way."""
+
+    function: ClusterFunction
+    inbox: deque[Rollout] = field(default_factory=deque)
+    expected: int = 0
+
+    def deliver(self, rollouts: Iterable[Rollout]) -> None:
+        """Hand over responses that were expected here; those redirected meanwhile go on without their KV."""
+        for rollout in rollouts:
+            assert rollout.serving is not None, "a response under way has a destination"
+            if rollout.serving is self:
+                self.expected -= 1
+                self.inbox.append(rollout)
+            else:
+                rollout.kv_tokens = 0
+                rollout.serving.deliver([rollout])
+        self.function.poke()
+
+
+@dataclass(slots=True, eq=False)
+class Gang:
+    """Functions that do something together: it begins when all are there, and when *after* has fired.
+
+    Attributes:
+        members: How many.
+        go: Fires when all are there.
+        begin: Begins the work; the event fires when it is done.
+        after: What it has to wait for.
+    """
+
+    members: int
+    go: simpy.Event
+    begin: Callable[[], simpy.Event]
+    after: simpy.Event | None = None
+    arrived: int = 0
+    done: int = 0
+    _work: simpy.Event | None = None
+
+    def wait_for_weights(self) -> Process:
+        """Let the gang go once *after* has fired."""
+        assert self.after is not None
+        yield self.after
+        self.go.succeed()
+
+    def work(self) -> simpy.Event:
+        """What its members do, begun by the first who asks."""
+        if self._work is None:
+            self._work = self.begin()
+        return self._work
+
+
+class ClusterFunction(ABC):
+    """A function. Decisions append to its task queue; `life` works it off.
+
+    A backend's own kind says how it starts, changes role, generates, prepares, parks and wakes.
+    """
+
+    def __init__(
+        self, cluster: ClusterBackend, name: str, gpus: int, roles: tuple[Role, ...], node: int | None
+    ) -> None:
+        self.cluster, self.name, self.gpus, self.roles = cluster, name, gpus, roles
+        self.wanted_node = node
+        self.node: int | None = None
+        self.gpu_ids: tuple[int, ...] = ()
+        self.state = State.STARTING
+        self.role: Role | None = None
+        self.unfinished: dict[int, Rollout] = {}
+        self.assigned_by_step: dict[int, int] = {}
+        self.unfinished_by_step: dict[int, int] = {}
+        self.ready = cluster.env.event()
+        self.removals: list[tuple[dict[int, Rollout], Serving, bool]] = []
+        self._tasks: deque[Process | Serving] = deque()
+        self._serving: Serving | None = None
+        self._sending = 0
+        self._wake_up = cluster.env.event()
+        self._interruptible = False
+        self._stage: Stage | None = None
+        self._interval: tuple[str, Stage | None, float] | None = None
+        self._after = "started"
+        self.process = cluster.env.process(self.life())
+
+    # --- what a backend's own kind does; an event fires when it is done, None is done at once ---
+
+    @abstractmethod
+    def start_up(self) -> Process:
+        """Get ready on the leased GPUs."""
+
+    @abstractmethod
+    def switch(self, role: Role) -> simpy.Event | None:
+        """Wake *role* in place of the one that is awake."""
+
+    @abstractmethod
+    def take_in(self, task: Serving) -> Process:
+        """Give the engine what has arrived in the inbox, take out what is to leave (`removals`)."""
+
+    @abstractmethod
+    def iterate(self) -> Process:
+        """Let the engine work for a while; returns whether there was anything to do."""
+
+    @abstractmethod
+    def engine_ids(self) -> set[int]:
+        """Responses that are in the engine, waiting or running."""
+
+    @abstractmethod
+    def prefill(self, groups: Sequence[Sequence[Rollout]]) -> simpy.Event:
+        """Compute the prompts of *groups*."""
+
+    @abstractmethod
+    def send_prefix(self, groups: Sequence[Sequence[Rollout]], target: ClusterFunction) -> Process:
+        """Send the KV of prompts, and note with the responses what the target need not compute."""
+
+    @abstractmethod
+    def prepare_work(self, rollouts: Sequence[Rollout], *, loaded: bool) -> simpy.Event:
+        """Compute log-probs, values and rewards; *loaded*: it prepared just before."""
+
+    @abstractmethod
+    def forget_prefixes(self) -> None:
+        """The engine's cached KV is worthless from now on."""
+
+    @abstractmethod
+    def park_work(self) -> simpy.Event | None:
+        """Leave the GPUs."""
+
+    @abstractmethod
+    def wake_work(self) -> simpy.Event | None:
+        """Come back onto GPUs."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """It is released: nothing of it is needed any more."""
+
+    @abstractmethod
+    def slots(self) -> int:
+        """Responses that it can take with decode latency still flat and KV fitting even if all grow to the cap."""
+
+    @abstractmethod
+    def kv_used(self) -> float:
+        """Used share of its KV blocks."""
+
+    @abstractmethod
+    def generated(self, rollout: Rollout) -> int:
+        """Tokens of a response that is here, as of now."""
+
+    def catch_up(self) -> None:  # noqa: B027
+        """Book what is over but not booked yet; kinds that book at once have nothing to do."""
+
+    # --- decisions ---
+
+    def serving(self) -> Serving:
+        """The task that takes new responses: the one running or queued last, else a new one."""
+        last = self._tasks[-1] if self._tasks else self._serving
+        if isinstance(last, Serving):
+            return last
+        task = Serving(self)
+        self.add_task(task)
+        return task
+
+    def add_task(self, task: Process | Serving) -> None:
+        """Queue a task."""
+        self._tasks.append(task)
+        self.poke()
+
+    def remove(self, rollouts: Sequence[Rollout], target: Serving, with_kv: bool) -> None:
+        """Send unfinished responses on to *target*: those in the engine at the end of its iteration."""
+        engine_ids = self.engine_ids()
+        in_engine = {rollout.response_id: rollout for rollout in rollouts if rollout.response_id in engine_ids}
+        for rollout in rollouts:
+            old = rollout.serving
+            assert old is not None, "an assigned response has a place"
+            rollout.serving = target
+            target.expected += 1
+            if rollout in old.inbox:
+                old.inbox.remove(rollout)
+                target.deliver([rollout])
+            elif rollout.response_id not in in_engine:
+                old.expected -= 1  # under way; `old` will send it on
+        if in_engine:
+            self.removals.append((in_engine, target, with_kv))
+        self.poke()
+
+    def leaving(self) -> set[int]:
+        """Responses in the engine that are to leave at the end of the iteration."""
+        return {response_id for rollouts, _, _ in self.removals for response_id in rollouts}
+
+    def poke(self) -> None:
+        """Look at the queues again: at the end of the current iteration, or at once when waiting."""
+        if self._interruptible:
+            self._interruptible = False
+            self.process.interrupt()
+        elif not self._wake_up.triggered:
+            self._wake_up.succeed()
+
+    # --- life ---
+
+    def life(self) -> Process:
+        """Lease, start, then work off tasks until released."""
+        yield from self._start()
+        while self.state is not State.GONE:
+            if not self._tasks:
+                if self.state is not State.PARKED:
+                    self._enter("idle", self._stage)
+                    self.state = State.IDLE
+                    self.cluster.idle(self, self._after)
+                yield from self._wait(lambda: bool(self._tasks))
+            task = self._tasks.popleft()
+            if isinstance(task, Serving):
+                yield from self._serve(task)
+            else:
+                yield from task
+
+    def _wait(self, condition: Callable[[], bool]) -> Process:
+        while not condition():
+            yield from self._wait_once()
+
+    def _enter(self, state: str | None, stage: Stage | None = None) -> None:
+        """Close the current interval and open one in *state*; None opens none."""
+        now = self.cluster.env.now
+        if self._interval is not None:
+            old_state, old_stage, start_s = self._interval
+            if (state, stage) == (old_state, old_stage):
+                return
+            if now > start_s:
+                gpu_ids = ",".join(map(str, self.gpu_ids))
+                row = (self.name, self.node, self.gpus, gpu_ids, old_state, self.role, old_stage, start_s, now)
+                self.cluster.recorder.workers.append(row)
+        self._interval = None if state is None else (state, stage, now)
+
+    def close(self) -> None:
+        """End the open interval, as the run is over."""
+        self._enter(None)
+
+    def _work(self, stage: Stage, work: simpy.Event, steps: Iterable[int]) -> Process:
+        self._enter("busy", stage)
+        self.state, self._stage = State.BUSY, stage
+        start_s = self.cluster.env.now
+        yield work
+        for step in steps:
+            self.cluster.stage_active(stage, step, start_s)
+
+    def cold(self, work: simpy.Event | None) -> Process:
+        """Hold GPUs without being of use until *work* is done."""
+        if work is not None:
+            self._enter("cold")
+            yield work
+
+    def _start(self) -> Process:
+        self.node, self.gpu_ids = yield self.cluster.pool.lease(self.gpus, self.wanted_node)
+        self._enter("cold")
+        yield from self.start_up()
+        self.ready.succeed()
+
+    def _switch(self, role: Role) -> Process:
+        if role in ("prepare", "learn"):
+            yield from self._sent()  # a sleeping engine has no KV
+            self.forget_prefixes()
+        self.state = State.BUSY
+        yield from self.cold(self.switch(role))
+        if role != self.role:
+            self._enter(None)  # intervals name the role they began with
+        self.role = role
+
+    # --- generation ---
+
+    def _serve(self, task: Serving) -> Process:
+        self._serving = task
+        yield from self._switch("decode")
+        while True:
+            if task.inbox or self.removals:
+                yield from self.take_in(task)
+            if not (yield from self.iterate()):
+                if not (task.expected or task.inbox or self.removals or self.engine_ids()):
+                    break
+                self._enter("idle", self._stage)
+                self.state = State.IDLE
+                yield from self._wait_once()
+        self._serving = None
+        self._after = "drained"
+
+    def generate(self) -> None:
+        """Its engine begins to work, or goes on."""
+        self._enter("busy", "generation")
+        self.state, self._stage = State.BUSY, "generation"
+
+    def _wait_once(self) -> Process:
+        self._wake_up = self.cluster.env.event()
+        yield self._wake_up
+
+    def sending(self, transfer: Process) -> None:
+        """Let KV leave while the function goes on; it is not put to sleep before."""
+        self._sending += 1
+        self.cluster.env.process(self._send(transfer))
+
+    def _send(self, transfer: Process) -> Process:
+        yield from transfer
+        self._sending -= 1
+        self.poke()
+
+    def _sent(self) -> Process:
+        """Wait, idle, until outgoing KV has left."""
+        if self._sending:
+            self._enter("idle", self._stage)
+            self.state = State.IDLE
+        yield from self._wait(lambda: not self._sending)
+
+    def prefill_for(self, groups: Sequence[Sequence[Rollout]], target: Serving) -> Process:
+        """A task: prefill each group's prompt once, piece by piece, and send the KV to *target*."""
+        yield from self._switch("prefill")
+        for piece in _pieces(groups, self.cluster.max_batched_tokens):
+            steps = {group[0].step for group in piece}
+            self.cluster.generating(steps)
+            yield from self._work("generation", self.prefill(piece), steps)
+            self.sending(self._send_prefix(piece, target))
+        self._after = "drained"
+
+    def _send_prefix(self, groups: Sequence[Sequence[Rollout]], target: Serving) -> Process:
+        if not target.function.ready.processed:
+            yield target.function.ready
+        yield from self.send_prefix(groups, target.function)
+        for group in groups:
+            target.deliver(group)
+
+    # --- the other stages ---
+
+    def prepare(self, rollouts: Sequence[Rollout]) -> Process:
+        """A task: log-probs, values and rewards."""
+        loaded = self.role == "prepare"
+        yield from self._switch("prepare")
+        work = self.prepare_work(rollouts, loaded=loaded)
+        yield from self._work("preparation", work, {rollout.step for rollout in rollouts})
+        self._after = "prepared"
+        self.cluster.prepared(rollouts)
+
+    def learn(self, gang: Gang, step: int) -> Process:
+        """A task: learn together with the rest of *gang*."""
+        yield from self._switch("learn")
+        yield from self._gather(gang)
+        yield from self._work("learning", gang.work(), {step})
+        self._after = "learned"
+        gang.done += 1
+        if gang.done == gang.members:
+            self.cluster.learned()
+
+    def sync(self, gang: Gang, step: int) -> Process:
+        """A task: take the learner's newest weights into the engine."""
+        yield from self._switch("decode" if "decode" in self.roles else "prefill")
+        yield from self._gather(gang)
+        yield from self._work("weight_sync", gang.work(), {step})
+        self.forget_prefixes()
+        self._after = "synced"
+
+    def send_weights(self, gang: Gang, step: int) -> Process:
+        """A task: give the learner's shards to a sync that this function's own engine has no need of."""
+        yield from self._gather(gang)
+        yield from self._work("weight_sync", gang.work(), {step})
+        self._after = "synced"
+
+    def _gather(self, gang: Gang) -> Process:
+        """Wait for the rest of the gang, idle."""
+        gang.arrived += 1
+        if gang.arrived == gang.members:
+            if gang.after is None or gang.after.processed:
+                gang.go.succeed()
+            else:
+                self.cluster.env.process(gang.wait_for_weights())
+        if not gang.go.triggered:
+            self._enter("idle", self._stage)
+            self.state = State.IDLE
+        if not gang.go.processed:
+            yield gang.go
+
+    def park(self) -> Process:
+        """A task: give the GPUs back, keep the process in host memory."""
+        self.state = State.BUSY
+        yield from self._sent()
+        self.forget_prefixes()
+        yield from self.cold(self.park_work())
+        self._let_go()
+        self.state, self.role, self._stage = State.PARKED, None, None
+        self._enter("parked")
+
+    def wake(self) -> Process:
+        """A task: come back onto GPUs of the same node."""
+        self.state = State.STARTING
+        node, gpu_ids = yield self.cluster.pool.lease(self.gpus, self.node)
+        self._enter(None)  # parked until here, without GPUs
+        self.node, self.gpu_ids = node, gpu_ids
+        yield from self.cold(self.wake_work())
+        self._after = "woken"
+
+    def release(self) -> Process:
+        """A task: end, once outgoing KV has left."""
+        yield from self._sent()
+        self.end()
+        if self.state is not State.PARKED:
+            self._let_go()
+        self._enter(None)
+        self.state = State.GONE
+
+    def _let_go(self) -> None:
+        self._enter(None)
+        assert self.node is not None
+        self.cluster.pool.give_back(self.node, self.gpu_ids)
+        self.gpu_ids = ()
+
+
+def _pieces(groups: Sequence[Sequence[Rollout]], max_tokens: int) -> list[list[Sequence[Rollout]]]:
+    """Groups in order, cut so that the prompts of a piece fit one iteration's token budget."""
+    pieces: list[list[Sequence[Rollout]]] = []
+    room = 0
+    for group in groups:
+        tokens = group[0].prompt_tokens
+        if not pieces or tokens > room:
+            pieces.append([])
+            room = max_tokens
+        pieces[-1].append(group)
+        room -= tokens
+    return pieces

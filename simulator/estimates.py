@@ -1,0 +1,76 @@
+"""What a policy may know in advance: the cost model that the simulator itself uses."""
+
+from __future__ import annotations
+
+from simrl.policies.contract import Role
+from simrl.simulator.costs import Costs
+from simrl.simulator.engine import BLOCK_TOKENS
+
+
+class ProfiledEstimates:
+    """`Estimates` from the cost model that the simulator itself uses: profiling without error.
+
+    Args:
+        costs: The cost model.
+        learner_world: GPUs that share the learner's state, as far as started.
+        context: Mean tokens of a response in mid-generation.
+    """
+
+    def __init__(self, costs: Costs, learner_world: int | None, context: float) -> None:
+        self._costs, self._world, self._context = costs, learner_world, context
+
+    def _learners(self, roles: tuple[Role, ...]) -> int | None:
+        return self._world if "learn" in roles else None
+
+    def decode_s(self, batch: int, context: float, gpus: int) -> float:
+        """One iteration of *batch* decoding responses."""
+        return self._costs.times(gpus).decode_s(batch, context)
+
+    def prefill_s(self, tokens: int, gpus: int) -> float:
+        """Prefill of *tokens* tokens of short prompts, iteration by iteration."""
+        if not tokens:
+            return 0.0
+        full, rest = divmod(tokens, self._costs.max_batched_tokens)
+        times = self._costs.times(gpus)
+        attended = self._costs.job.max_prompt_tokens / 4
+        last_s = times.prefill_s(rest, attended) if rest else 0.0
+        return full * times.prefill_s(self._costs.max_batched_tokens, attended) + last_s
+
+    def flat_batch(self, gpus: int) -> int:
+        """Largest batch at which decode latency is still flat."""
+        return self._costs.flat_batch(gpus, self._context)
+
+    def kv_tokens(self, gpus: int, roles: tuple[Role, ...]) -> int:
+        """Tokens whose KV fits in a function's engine."""
+        return self._costs.kv_blocks(gpus, self._learners(roles)) * BLOCK_TOKENS
+
+    def transfer_s(self, tokens: int, gpus: int, *, same_node: bool) -> float:
+        """Sending the KV of *tokens* tokens between functions of *gpus* GPUs over an unloaded link."""
+        return self._costs.transfer_s(tokens, gpus, same_node=same_node)
+
+    def start_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
+        """Expected cold start on a node that has the weights on disk."""
+        return sum(self._costs.start_phases(gpus, roles, cached=True).values())
+
+    def park_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
+        """Moving a function to host memory."""
+        return self._costs.park_s(gpus, roles, self._learners(roles))
+
+    def wake_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
+        """Bringing a parked function back."""
+        return self._costs.wake_s(gpus, roles, self._learners(roles))
+
+    def prepare_s(self, tokens: int, gpus: int) -> float:
+        """Preparation of responses with *tokens* tokens on *gpus* GPUs in all."""
+        mean_tokens = (self._costs.job.max_prompt_tokens + self._costs.job.max_response_tokens) / 4
+        return self._costs.prepare_s(tokens, max(1, round(tokens / mean_tokens)), gpus)
+
+    def learn_s(self, tokens: int, gpus: int) -> float:
+        """Learning on *tokens* tokens, evenly spread over *gpus* GPUs in all."""
+        mean_tokens = (self._costs.job.max_prompt_tokens + self._costs.job.max_response_tokens) / 4
+        nodes = -(-gpus // self._costs.node.gpus)
+        return self._costs.learn_s(-(-tokens // gpus), mean_tokens, gpus, nodes)
+
+    def sync_s(self, gpus: int) -> float:
+        """Sending new weights to functions of *gpus* GPUs."""
+        return self._costs.sync_s(gpus, self._costs.nodes)

@@ -85,6 +85,7 @@ class Costs:
         self._eager = bool(self._option("enforce_eager"))
         self.latency_s = parameters.number("network.latency_s")
         self.prefix_caching = engine.prefix_caching
+        self.block_tokens = BLOCK_TOKENS
         self.weight_bytes = float(self.model.weight_bytes())
         self.kv_token_bytes = float(self.model.kv_bytes_per_token())
         if engine.kv_cache_dtype == "fp8":

@@ -90,6 +90,7 @@ class Engine(Generic[R]):
     max_num_seqs: int
     max_batched_tokens: int
     prefix_caching: bool = True
+    block_tokens: int = BLOCK_TOKENS
     waiting: deque[R] = field(default_factory=deque)
     running: dict[int, R] = field(default_factory=dict)  # in order of admission
     preemptions: int = 0
@@ -100,7 +101,7 @@ class Engine(Generic[R]):
     _left: dict[int, _Chain] = field(default_factory=dict)  # own blocks of requests that do not run, by id
     _tick: int = 0  # decode iterations so far
     _context: int = 0  # tokens of all decoding requests
-    _phases: list[int] = field(default_factory=lambda: [0] * BLOCK_TOKENS)  # which of them take a block when
+    _phases: list[int] = field(init=False)  # which of them take a block when
     _to_grow: int = 0  # blocks that they will still take until all are complete
     _finishes: list[tuple[int, int, R]] = field(default_factory=list)  # tick, order of admission; sorted
     _orders: Iterator[int] = field(default_factory=itertools.count)
@@ -114,7 +115,10 @@ class Engine(Generic[R]):
             raise ValueError(f"kv_blocks={self.kv_blocks} must be >= 1")
         if self.max_batched_tokens < self.max_num_seqs:  # vLLM refuses it, too
             raise ValueError(f"max_batched_tokens={self.max_batched_tokens} < max_num_seqs={self.max_num_seqs}")
+        if self.block_tokens < 1:
+            raise ValueError(f"block_tokens={self.block_tokens} must be >= 1")
         self.free_blocks = self._unhashed = self.kv_blocks
+        self._phases = [0] * self.block_tokens
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -129,7 +133,7 @@ class Engine(Generic[R]):
         Raises:
             ValueError: It would never be complete, even if it had all KV blocks to itself.
         """
-        request._final_blocks = _blocks(request.prompt_tokens + request.target_tokens - 1)
+        request._final_blocks = self._blocks(request.prompt_tokens + request.target_tokens - 1)
         if request._final_blocks > self.kv_blocks:
             raise ValueError(
                 f"response {request.response_id} needs {request._final_blocks} KV blocks for {request.prompt_tokens}"
@@ -179,7 +183,7 @@ class Engine(Generic[R]):
             return self._plan_completions(completions)
         # After a preemption nothing is admitted in the same iteration, but may be in the next.
         iterations = 1 if preempted else self._finishes[0][0] - self._tick
-        if iterations > BLOCK_TOKENS * (self.free_blocks // batch):  # so many fit without a closer look
+        if iterations > self.block_tokens * (self.free_blocks // batch):  # so many fit without a closer look
             iterations = min(iterations, self._iterations_that_fit())
         return Span(iterations, self.times.decode_span_s(batch, self._context / batch, iterations))
 
@@ -310,7 +314,7 @@ class Engine(Generic[R]):
             if request.generated and request.kv_tokens == request.known_tokens - 1:  # it goes on decoding
                 self._start_decoding(request)
                 self._finishes.sort()
-                taken += int(request.kv_tokens % BLOCK_TOKENS == 0)
+                taken += int(request.kv_tokens % self.block_tokens == 0)
             else:
                 chunks.append((request, tokens))
                 if request.kv_tokens + tokens < request.prompt_tokens + request.generated:
@@ -330,7 +334,7 @@ class Engine(Generic[R]):
         hits = prompt.blocks if prompt is not None else 0
         in_use = hits if prompt is not None and prompt.users else 0
         known = request.prompt_tokens + request.generated
-        if -(-known // BLOCK_TOKENS) - in_use > self.free_blocks:
+        if -(-known // self.block_tokens) - in_use > self.free_blocks:
             return 0
         if prompt is None or not prompt.users:
             prompt = self._touch(prompt)
@@ -342,7 +346,7 @@ class Engine(Generic[R]):
                 request._own_blocks = self._touch(left).blocks
         prompt.users += 1
         request._prompt, request._order = prompt, next(self._orders)
-        cached = (hits + request._own_blocks) * BLOCK_TOKENS
+        cached = (hits + request._own_blocks) * self.block_tokens
         if cached > request.kv_tokens:
             request.kv_tokens = cached
         request.cached_tokens += request.kv_tokens
@@ -364,16 +368,16 @@ class Engine(Generic[R]):
 
     def _hittable_blocks(self, request: Request) -> int:
         """Blocks of its prompt that others can hit; the last token is always computed, to have logits to sample."""
-        return (request.prompt_tokens - 1) // BLOCK_TOKENS if self.prefix_caching else 0
+        return (request.prompt_tokens - 1) // self.block_tokens if self.prefix_caching else 0
 
     def _compute(self, request: R, tokens: int) -> None:
         """Take the blocks for the next *tokens* tokens; blocks of the prompt that get full can be hit from now on."""
         prompt, end = request._prompt, request.kv_tokens + tokens
         assert prompt is not None, "a running request has blocks"
         had = prompt.blocks + request._own_blocks
-        if prompt.hashed and prompt.blocks * BLOCK_TOKENS < request.prompt_tokens - 1:
-            prompt.blocks = max(prompt.blocks, min(self._hittable_blocks(request), end // BLOCK_TOKENS))
-        blocks = -(-end // BLOCK_TOKENS)
+        if prompt.hashed and prompt.blocks * self.block_tokens < request.prompt_tokens - 1:
+            prompt.blocks = max(prompt.blocks, min(self._hittable_blocks(request), end // self.block_tokens))
+        blocks = -(-end // self.block_tokens)
         request._own_blocks = blocks - prompt.blocks
         if blocks > had:
             self._take(blocks - had)
@@ -381,7 +385,7 @@ class Engine(Generic[R]):
     def _blocks_missing(self, request: R, tokens: int) -> int:
         """Blocks still to take so that *request* can hold *tokens*."""
         assert request._prompt is not None, "a running request has blocks"
-        return _blocks(tokens) - request._prompt.blocks - request._own_blocks
+        return self._blocks(tokens) - request._prompt.blocks - request._own_blocks
 
     def _prefill_growth(self) -> int:
         """Blocks that the next chunk of a prefill under way takes; there is one at most, as it takes all the budget."""
@@ -404,8 +408,8 @@ class Engine(Generic[R]):
         request._decoding = True
         request._finish_tick = self._tick + request.target_tokens - request.generated
         self._context += known
-        self._phases[(known - self._tick) % BLOCK_TOKENS] += 1
-        self._to_grow += request._final_blocks + (1 - known) // BLOCK_TOKENS
+        self._phases[(known - self._tick) % self.block_tokens] += 1
+        self._to_grow += request._final_blocks + (1 - known) // self.block_tokens
         self._finishes.append((request._finish_tick, request._order, request))  # the caller sorts
 
     def _decode(self, iterations: int) -> list[R]:
@@ -417,8 +421,8 @@ class Engine(Generic[R]):
                 break
             known = request.prompt_tokens + request.target_tokens - (finish_tick - start)
             self._context -= known
-            self._phases[(known - start) % BLOCK_TOKENS] -= 1
-            growth += request._final_blocks + (1 - known) // BLOCK_TOKENS
+            self._phases[(known - start) % self.block_tokens] -= 1
+            growth += request._final_blocks + (1 - known) // self.block_tokens
             finished.append(request)
         del self._finishes[: len(finished)]
         if self._finishes:
@@ -442,8 +446,8 @@ class Engine(Generic[R]):
 
     def _growth(self, iterations: int) -> int:
         """Blocks that the decoding requests take in the next *iterations*."""
-        cycles, rest = divmod(iterations, BLOCK_TOKENS)
-        first = (1 - self._tick) % BLOCK_TOKENS
+        cycles, rest = divmod(iterations, self.block_tokens)
+        first = (1 - self._tick) % self.block_tokens
         # Phases count down as ticks count up; the list is read from behind, around its start if need be.
         blocks = sum(self._phases[max(first - rest + 1, 0) : first + 1])
         if rest > first + 1:
@@ -453,18 +457,18 @@ class Engine(Generic[R]):
     def _iterations_that_fit(self) -> int:
         """Iterations until the free blocks are used up."""
         cycles, free = divmod(self.free_blocks, len(self._finishes))
-        for i in range(BLOCK_TOKENS):
-            free -= self._phases[(1 - self._tick - i) % BLOCK_TOKENS]
+        for i in range(self.block_tokens):
+            free -= self._phases[(1 - self._tick - i) % self.block_tokens]
             if free < 0:
-                return cycles * BLOCK_TOKENS + i
-        return (cycles + 1) * BLOCK_TOKENS
+                return cycles * self.block_tokens + i
+        return (cycles + 1) * self.block_tokens
 
     # --- blocks ---
 
     def _make_room(self) -> bool:
         """Preempt the newest requests until the next iteration has its blocks."""
         preempted = False
-        while self._phases[(1 - self._tick) % BLOCK_TOKENS] + self._prefill_growth() > self.free_blocks:
+        while self._phases[(1 - self._tick) % self.block_tokens] + self._prefill_growth() > self.free_blocks:
             newest = next(reversed(self.running.values()))
             self._leave(newest)
             self._let_go(newest, may_return=True)
@@ -486,10 +490,10 @@ class Engine(Generic[R]):
         del self._finishes[bisect_left(self._finishes, (request._finish_tick, request._order))]
         known = request.known_tokens
         request.kv_tokens = known - 1
-        request._own_blocks = _blocks(known - 1) - request._prompt.blocks
+        request._own_blocks = self._blocks(known - 1) - request._prompt.blocks
         self._context -= known
-        self._phases[(known - self._tick) % BLOCK_TOKENS] -= 1
-        self._to_grow -= request._final_blocks - _blocks(known - 1)
+        self._phases[(known - self._tick) % self.block_tokens] -= 1
+        self._to_grow -= request._final_blocks - self._blocks(known - 1)
 
     def _take(self, blocks: int) -> None:
         """Use free blocks, those first that nobody can hit."""
@@ -507,7 +511,7 @@ class Engine(Generic[R]):
         """Free *request*'s blocks; full ones stay cached until they are taken, its own of use only if it returns."""
         prompt = request._prompt
         assert prompt is not None, "only requests with blocks let go of them"
-        full = request.kv_tokens // BLOCK_TOKENS - prompt.blocks if prompt.hashed else 0
+        full = request.kv_tokens // self.block_tokens - prompt.blocks if prompt.hashed else 0
         self.free_blocks += request._own_blocks
         self._unhashed += request._own_blocks - full
         request._prompt, request._own_blocks = None, 0
@@ -524,6 +528,5 @@ class Engine(Generic[R]):
             else:
                 self._unhashed += prompt.blocks
 
-
-def _blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK_TOKENS)
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)

@@ -9,7 +9,7 @@ import simpy
 
 from simrl.policies.contract import Role
 from simrl.policies.runtime.function import ClusterFunction, Process, Rollout, Serving
-from simrl.simulator.engine import BLOCK_TOKENS, Engine, Request, Span
+from simrl.simulator.engine import Engine, Request, Span
 from simrl.traces.streams import stream
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class SimFunction(ClusterFunction):
             max_num_seqs=costs.max_num_seqs,
             max_batched_tokens=costs.max_batched_tokens,
             prefix_caching=costs.prefix_caching,
+            block_tokens=costs.block_tokens,
         )
 
     def switch(self, role: Role) -> simpy.Event | None:
@@ -187,11 +188,12 @@ class SimFunction(ClusterFunction):
 
     def send_prefix(self, groups: Sequence[Sequence[Rollout]], target: ClusterFunction) -> Process:
         """Whole blocks travel; the last prompt token is computed where its logits are needed."""
+        block = self.cluster.costs.block_tokens
         yield from self._transfer(sum(group[0].prompt_tokens for group in groups), target)
         for group in groups:
             group[0].computed_tokens += group[0].prompt_tokens
             for rollout in group:
-                rollout.kv_tokens = (rollout.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+                rollout.kv_tokens = (rollout.prompt_tokens - 1) // block * block
 
     def prepare_work(self, rollouts: Sequence[Rollout], *, loaded: bool) -> simpy.Event:
         """Log-probs, values and rewards."""
@@ -208,7 +210,7 @@ class SimFunction(ClusterFunction):
         costs = self.cluster.costs
         longest = costs.job.max_prompt_tokens + costs.job.max_response_tokens
         flat = costs.flat_batch(self.gpus, self.cluster.typical_context())
-        return min(flat, self.engine.kv_blocks * BLOCK_TOKENS // longest)
+        return min(flat, self.engine.kv_blocks * self.engine.block_tokens // longest)
 
     def _completed(self) -> int:
         """Decode iterations that the engine has finished since its batch last changed."""

@@ -165,6 +165,17 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
     assert [request.computed_tokens for request in group] == [40, 40]
 
 
+def test_blocks_may_have_another_size() -> None:
+    engine = Engine(LINEAR, 10, 8, 200, block_tokens=32)
+    group = [Request(i, 7, 70, 30) for i in range(2)]
+    for request in group:
+        engine.add(request)
+    engine.plan()
+    assert engine.kv_blocks - engine.free_blocks == 2 + 1 + 1  # two of 32 tokens shared, and 6 tokens for each
+    run(engine)  # 99 tokens have KV in the end: 4 blocks
+    assert [request.cached_tokens for request in group] == [0, 64]
+
+
 def test_the_last_prompt_token_is_computed_even_if_the_prompt_fills_its_blocks() -> None:
     engine = small_engine()
     group = [Request(i, 7, 32, 1) for i in range(2)]

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Symlinked packages need the plain .pth form of editable installs (docs/design.md).
 INSTALL := $(PIP) install --config-settings editable_mode=compat
 
-.PHONY: run test real check types unit clean
+.PHONY: run test real check types unit bench clean
 
 run: $(VENV)/core.done  ## install the core and simulate the main job
 	$(BIN)/simrl run --policy rlhfless --nodes 20
@@ -44,6 +44,15 @@ types: $(VENV)/dev.done
 
 unit: $(VENV)/dev.done $(VENV)/real.done
 	$(BIN)/python -m pytest
+
+# The other simulator of the benchmark gets an environment of its own: simrl does not depend on it.
+$(VENV)/sched-sim.done: | $(VENV)/bin/python
+	$(BIN)/python -m venv $(VENV)/sched-sim
+	$(VENV)/sched-sim/bin/python -m pip --disable-pip-version-check --quiet install sched-sim==0.2.1
+	touch $@
+
+bench: $(VENV)/core.done $(VENV)/sched-sim.done  ## measure the simulator's speed and write docs/performance.md
+	$(BIN)/python -m simrl.experiments.bench
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,332 @@
+"""The processes of the real backend: hosts of engines, ranks of the learner, and the pool that keeps them warm.
+
+Each is a Ray actor. Starting one takes seconds to minutes, so a pool outlives runs: a function that ends gives its host
+back, and the next one to start gets it, together with the time that its start really took.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from simrl.real_backend.batch import TokenScores, TrainingBatch
+from simrl.real_backend.engine import EngineSettings, StepReport, VllmEngine, Work
+from simrl.real_backend.learner_settings import LearnerSettings, LearnStats
+
+START_TIMEOUT_S = 900.0  # a large model from a slow disk
+CALL_TIMEOUT_S = 900.0  # an update of a large model
+
+
+@dataclass(frozen=True, slots=True)
+class KVMoved:
+    """KV that went to files: tokens, bytes, and the seconds of all that it took."""
+
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+class EngineHost:
+    """A process with an engine, and with the models that preparation needs.
+
+    Methods return what they did and the seconds that it took, on this process's own clock.
+    """
+
+    def __init__(self, settings: EngineSettings, scoring: LearnerSettings) -> None:
+        self._engine = VllmEngine(settings)
+        self._engine.warm_up()
+        self._scoring = scoring
+        self._scorer: Any = None
+
+    def ready(self) -> Mapping[str, float]:
+        """Seconds of each phase of the start."""
+        return self._engine.cold_start_phases
+
+    def step(self, arrivals: Sequence[Work], iterations: int) -> list[StepReport]:
+        """Queue *arrivals*, then run so many iterations, or fewer if a response is complete or none is left."""
+        for work in arrivals:
+            self._engine.add(work)
+        reports = []
+        for _ in range(iterations):
+            reports.append(self._engine.step())
+            if reports[-1].finished or not self._engine.unfinished():
+                break
+        return reports
+
+    def take_out(self, response_ids: Sequence[int], with_kv: bool) -> KVMoved:
+        """Remove unfinished responses; their KV goes to files if asked for."""
+        started_s = time.perf_counter()
+        moved = self._engine.take_out(response_ids, with_kv)
+        kv_bytes = sum(one.kv_saved.num_bytes for one in moved if one.kv_saved is not None)
+        return KVMoved(sum(one.kv_tokens for one in moved), kv_bytes, time.perf_counter() - started_s)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> KVMoved:
+        """Compute prompts and leave their KV in files."""
+        done = self._engine.prefill(prompts)
+        return KVMoved(done.computed_tokens, done.kv_saved.num_bytes, done.seconds)
+
+    def kv_used(self) -> float:
+        """Share of the KV blocks in use."""
+        return self._engine.kv_used()
+
+    def load_weights(self, folder: str, version: int) -> float:
+        """New weights for the engine."""
+        return self._engine.load_weights(folder, version)
+
+    def log_probs(self, token_ids: Sequence[int], prompt_tokens: int) -> list[float]:
+        """The engine's log-probs of a text, to compare with the learner's."""
+        return self._engine.log_probs(token_ids, prompt_tokens)
+
+    def forget_kv(self, version: int) -> None:
+        """Delete KV files of that version and older ones."""
+        self._engine.forget_kv(version)
+
+    def park(self) -> float:
+        """Free the engine's memory."""
+        return self._engine.park()
+
+    def wake(self) -> float:
+        """Take it again."""
+        return self._engine.wake()
+
+    def load_scorer(self, folder: str, version: int) -> float:
+        """The weights to score with; the first time, the models too."""
+        from simrl.real_backend.scorer import Scorer
+
+        started_s = time.perf_counter()
+        if self._scorer is None:
+            self._scorer = Scorer(self._scoring)
+        if self._scorer.weights_version != version:
+            self._scorer.load_weights(folder, version)
+        return time.perf_counter() - started_s
+
+    def score(self, batch: TrainingBatch) -> TokenScores:
+        """Log-probs of responses."""
+        scores: TokenScores = self._scorer.score(batch)
+        return scores
+
+    def reset(self, folder: str) -> None:
+        """Back to the first weights, with nothing on the engine."""
+        for response_id in self._engine.unfinished():
+            self._engine.take_out([response_id], with_kv=False)
+        self._engine.load_weights(folder, 0)
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What a rank of the learner did: its CPU seconds do not hold the waiting for others."""
+
+    result: Any
+    cpu_s: float
+    wall_s: float
+
+
+class LearnerHost:
+    """A process with one rank of the learner."""
+
+    def __init__(self) -> None:
+        started_s = time.perf_counter()
+        import transformers  # noqa: F401
+
+        from simrl.real_backend import learner
+
+        self._make = learner.LearnerRank
+        self._rank: Any = None
+        self._import_s = time.perf_counter() - started_s
+
+    def ready(self) -> float:
+        """Seconds of importing what learning needs."""
+        return self._import_s
+
+    def connect(self, settings: LearnerSettings) -> Timed:
+        """Meet the other ranks and load the model."""
+        self.close()
+        return self._timed(lambda: setattr(self, "_rank", self._make(settings)))
+
+    def update(self, batch: TrainingBatch, step: int) -> Timed:
+        """Learn a batch; values first, if there is a critic."""
+        return self._timed(lambda: self._update(batch, step))
+
+    def _update(self, batch: TrainingBatch, step: int) -> LearnStats:
+        stats: LearnStats = self._rank.update(batch, step)
+        return stats
+
+    def values(self, batch: TrainingBatch) -> Timed:
+        """The critic's values of this rank's share."""
+        return self._timed(lambda: self._rank.values(batch))
+
+    def export_weights(self, folder: str) -> Timed:
+        """The actor's weights into a new folder."""
+        return self._timed(lambda: self._rank.export_weights(folder))
+
+    def log_probs(self, batch: TrainingBatch) -> Timed:
+        """Log-probs of this rank's share."""
+        return self._timed(lambda: self._rank.log_probs(batch))
+
+    def save_checkpoint(self, folder: str) -> Timed:
+        """Everything that training needs to go on."""
+        return self._timed(lambda: self._rank.save_checkpoint(folder))
+
+    def load_checkpoint(self, folder: str) -> Timed:
+        """Go on from a checkpoint; the result is its version."""
+        return self._timed(lambda: self._rank.load_checkpoint(folder))
+
+    def close(self) -> None:
+        """Leave the other ranks."""
+        if self._rank is not None:
+            self._rank.close()
+            self._rank = None
+
+    def _timed(self, action: Any) -> Timed:
+        cpu_s, wall_s = time.process_time(), time.perf_counter()
+        result = action()
+        return Timed(result, time.process_time() - cpu_s, time.perf_counter() - wall_s)
+
+
+@dataclass(slots=True)
+class WarmHost:
+    """A host of the pool and the seconds that its start took, until its engine was ready."""
+
+    actor: Any
+    start_s: float
+
+
+class HostPool:
+    """Hosts of engines and learner ranks that outlive runs; ends everything that it started.
+
+    Args:
+        engine: What each engine is made of; `kv_folder` is set here.
+        learner: How the learner trains; rank, world and rendezvous are set here.
+        cpus_per_host: CPUs that Ray reserves for each host; 0 lets hosts that take turns share a core.
+        address: Of a Ray cluster; None starts one on this machine that listens on loopback only.
+    """
+
+    def __init__(
+        self, engine: EngineSettings, learner: LearnerSettings, *, cpus_per_host: float = 0, address: str | None = None
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="simrl-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+        kv_folder = self.folder / "kv"
+        kv_folder.mkdir(mode=0o700)
+        self.engine = replace(engine, kv_folder=str(kv_folder))
+        self.learner = learner
+        self._cpus = cpus_per_host
+        self._idle: list[WarmHost] = []
+        self._learners: list[Any] = []
+        self._all: list[Any] = []
+        self._run_folder: Path | None = None
+        self.weight_tolerance = 1e-3 if engine.dtype == "float32" else 0.2  # nats a token; bfloat16 rounds to 3 digits
+        self._ray = _start_ray(address)
+
+    def __enter__(self) -> HostPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def take(self) -> WarmHost:
+        """An idle host with the first weights, or a new one.
+
+        Raises:
+            TimeoutError: it was not ready in time.
+        """
+        if self._idle:
+            host = self._idle.pop(0)
+            self.get(host.actor.reset.remote(self.engine.model))
+            return host
+        started_s = time.perf_counter()
+        options = self._options() | ({"num_gpus": self.engine.tensor_parallel} if self.engine.device == "cuda" else {})
+        actor = self._ray.remote(EngineHost).options(**options).remote(self.engine, self.learner)
+        self._all.append(actor)
+        self.get(actor.ready.remote(), START_TIMEOUT_S)
+        return WarmHost(actor, time.perf_counter() - started_s)
+
+    def new_run(self) -> Path:
+        """A folder for a run's files; those of the run before go, and all KV, whose versions would be mistaken."""
+        if self._run_folder is not None:
+            shutil.rmtree(self._run_folder, ignore_errors=True)
+        kv_folder = Path(str(self.engine.kv_folder))
+        for version in kv_folder.iterdir():
+            shutil.rmtree(version, ignore_errors=True)
+        self._run_folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
+        return self._run_folder
+
+    def wait(self, calls: list[Any], timeout_s: float | None) -> list[Any]:
+        """Those of some calls that are done, after waiting for at least one, at most so long."""
+        done, _ = self._ray.wait(calls, num_returns=1, timeout=CALL_TIMEOUT_S if timeout_s is None else timeout_s)
+        if not done and timeout_s is None:
+            raise TimeoutError(f"no call to another process was over in {CALL_TIMEOUT_S:g} s")
+        return list(done)
+
+    def give_back(self, host: WarmHost) -> None:
+        """The function that had it is gone."""
+        self._idle.append(host)
+
+    def forget(self, host: WarmHost) -> None:
+        """It died."""
+        self._ray.kill(host.actor)
+
+    def learners(self, count: int) -> list[Any]:
+        """Hosts of so many ranks."""
+        while len(self._learners) < count:
+            options = self._options() | ({"num_gpus": 1} if self.learner.device.startswith("cuda") else {})
+            actor = self._ray.remote(LearnerHost).options(**options).remote()
+            self._learners.append(actor)
+            self._all.append(actor)
+        ready = self._learners[:count]
+        self.get([actor.ready.remote() for actor in ready], START_TIMEOUT_S)
+        return ready
+
+    def _options(self) -> dict[str, Any]:
+        return {"num_cpus": self._cpus, "max_restarts": 0, "max_task_retries": 0}
+
+    def get(self, refs: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """What calls returned.
+
+        Raises:
+            TimeoutError: they took too long.
+            RayActorError: the process died.
+        """
+        try:
+            return self._ray.get(refs, timeout=timeout_s)
+        except self._ray.exceptions.GetTimeoutError as error:
+            raise TimeoutError(f"a call to another process took more than {timeout_s:g} s") from error
+
+    @property
+    def died(self) -> type[Exception]:
+        """What is raised when a process is gone."""
+        error: type[Exception] = self._ray.exceptions.RayActorError
+        return error
+
+    def close(self) -> None:
+        """End all processes, delete all files."""
+        for actor in self._all:
+            self._ray.kill(actor)
+        if self._ray.is_initialized():
+            self._ray.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _start_ray(address: str | None) -> Any:
+    import ray
+
+    if address is not None:
+        ray.init(address=address, log_to_driver=False)
+        return ray
+    if not ray.is_initialized():
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _node_ip_address="127.0.0.1",
+        )
+    return ray

@@ -1,0 +1,290 @@
+"""`RealBackend`: carries out a policy's decisions on real vLLM engines and a real FSDP learner."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import simpy
+
+from simrl.policies.contract import Estimates, Start
+from simrl.policies.runtime.backend import ClusterBackend
+from simrl.policies.runtime.function import ClusterFunction, Process, Rollout
+from simrl.policies.runtime.steps import StepState, StepWork
+from simrl.policies.runtime.view import View
+from simrl.real_backend.actors import HostPool, Timed, WarmHost
+from simrl.real_backend.batch import TokenScores, TrainingBatch
+from simrl.real_backend.clock import Clock, VirtualClock, WallClock
+from simrl.real_backend.engine import Finished, Work
+from simrl.real_backend.function import RealFunction
+from simrl.traces.job import Engine, Job
+from simrl.traces.records import Recorder
+from simrl.traces.streams import stream
+
+ClockName = Literal["virtual", "wall"]
+ITERATIONS_PER_WALL_CALL = 16  # between looks at the queue: a fraction of a second on any device
+FIRST_TOKEN_ID = 3  # after padding, begin and end of sequence
+
+
+class Content(Protocol):
+    """What is said: prompts, how responses come about, and what they are worth."""
+
+    def prompt(self, step: int, row: int, prompt_id: int | str, tokens: int) -> Sequence[int]:
+        """Token ids of a prompt."""
+
+    def work(self, response_id: int, sample: int, prompt: Sequence[int], target_tokens: int) -> Work:
+        """How to generate a response that has not begun."""
+
+    def reward(self, prompt: Sequence[int], response: Sequence[int]) -> float:
+        """What a response is worth."""
+
+
+class Replay:
+    """Responses of given lengths to prompts of random tokens: real and simulated engines face the same work.
+
+    Rewards are drawn, since there is nothing to be right about; learning on them takes what learning takes.
+
+    Args:
+        seed: Of the tokens.
+        vocabulary: Token ids are below it.
+    """
+
+    def __init__(self, seed: int, vocabulary: int) -> None:
+        self.seed, self.vocabulary = seed, vocabulary
+
+    def prompt(self, step: int, row: int, prompt_id: int | str, tokens: int) -> Sequence[int]:
+        """Random token ids, the same whenever this prompt is asked."""
+        drawn: list[int] = (
+            stream(self.seed, "prompt tokens", prompt_id).integers(FIRST_TOKEN_ID, self.vocabulary, tokens).tolist()
+        )
+        return drawn
+
+    def work(self, response_id: int, sample: int, prompt: Sequence[int], target_tokens: int) -> Work:
+        """Sampled tokens, as many as the trace says."""
+        return Work(
+            response_id=response_id,
+            prompt_token_ids=prompt,
+            forced_tokens=target_tokens,
+            temperature=1.0,
+            seed=self.seed + response_id,
+        )
+
+    def reward(self, prompt: Sequence[int], response: Sequence[int]) -> float:
+        """A number from 0 to 1 that depends on the response alone."""
+        return float(stream(self.seed, "reward", len(response), response[0]).random())
+
+
+class RealBackend(ClusterBackend):
+    """Real engines and a real learner.
+
+    Args:
+        job: What is trained.
+        engine: Options of the rollout engines.
+        nodes: Machines; on one machine, as many logical ones as are asked for.
+        gpus_per_node: GPUs of each, or CPU cores, on the virtual clock as many as are asked for.
+        work: The work of a step, by its number; response lengths are caps where the content samples.
+        recorder: Gets every fact of the run.
+        hosts: Hosts of engines and ranks; outlives the run.
+        content: Prompts and rewards.
+        estimates: What profiling knows in advance, given this backend.
+        clock: See `simrl.real_backend.clock`.
+        on_step: Called with the number of learned steps.
+
+    Attributes:
+        texts: Token ids of each response of an open step so far.
+        rewards: Mean reward of each finished step.
+        weight_errors: Largest difference of the engines' log-probs from the learner's after each sync.
+        learning: What each update told.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        engine: Engine,
+        nodes: int,
+        gpus_per_node: int,
+        work: Callable[[int], StepWork],
+        recorder: Recorder,
+        hosts: HostPool,
+        content: Content,
+        estimates: Callable[[RealBackend], Estimates],
+        clock: ClockName = "virtual",
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__(job, engine, nodes, gpus_per_node, work, recorder, on_step)
+        self.hosts, self.content = hosts, content
+        self._estimates, self._clock_name = estimates, clock
+        self.max_batched_tokens = hosts.engine.max_num_batched_tokens
+        self.iterations_per_call = 1 if clock == "virtual" else ITERATIONS_PER_WALL_CALL
+
+    def reset(self) -> View:
+        """Begin the job with no function started."""
+        self.texts: dict[int, list[int]] = {}
+        self.rewards: list[float] = []
+        self.weight_errors: list[float] = []
+        self.learning: list[Any] = []
+        self.kv_bytes_saved = self.num_preemptions = 0
+        self._prompts: dict[int, Sequence[int]] = {}
+        self._scores: dict[int, TokenScores] = {}
+        self._reward_of: dict[int, float] = {}
+        self._ranks: list[Any] = []
+        self._weights = {0: self.hosts.engine.model}
+        self._export_s = {0: 0.0}
+        self._run_folder = self.hosts.new_run()
+        return super().reset()
+
+    def new_environment(self) -> simpy.Environment:
+        """The chosen clock's."""
+        if self._clock_name == "virtual":
+            self.clock: Clock = VirtualClock(self.hosts.get)
+        else:
+            self.clock = WallClock(self.hosts.wait, self.hosts.get)
+        return self.clock.env
+
+    def new_function(self, decision: Start) -> RealFunction:
+        """A function that will have a host."""
+        return RealFunction(self, decision)
+
+    def start_event(self, host: WarmHost) -> simpy.Event:
+        """The start of a host: it is over on the wall, and takes what it took on the virtual clock."""
+        return self.env.timeout(host.start_s if self._clock_name == "virtual" else 0.0)
+
+    def new_rollouts(self, step: int, group: int, prompt_tokens: int, lengths: Sequence[int]) -> Sequence[Rollout]:
+        """Responses of a prompt, whose token ids are made here."""
+        first = step * self.job.responses_per_step
+        row = (group - first) // self.job.responses_per_prompt
+        prompt_id = self._work(step).prompt_ids[row]
+        self._prompts[group] = self.content.prompt(step, row, prompt_id, prompt_tokens)
+        rollouts = [Rollout(group + i, group, prompt_tokens, length, step=step) for i, length in enumerate(lengths)]
+        for rollout in rollouts:
+            self.texts[rollout.response_id] = []
+        return rollouts
+
+    def estimates(self) -> Estimates:
+        """What profiling knows."""
+        return self._estimates(self)
+
+    def misfit(self, function: ClusterFunction) -> tuple[str, str] | None:
+        """An engine tells itself when it has no room."""
+        return None
+
+    def parked_bytes(self, function: ClusterFunction) -> tuple[float, float]:
+        """Weights of a parked engine, and the memory of this machine."""
+        weights = sum(entry.stat().st_size for entry in os.scandir(self.hosts.engine.model))
+        return float(weights), float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    # --- texts ---
+
+    def prompt_ids(self, rollout: Rollout) -> Sequence[int]:
+        """Token ids of a response's prompt."""
+        return self._prompts[rollout.group]
+
+    def work_for(self, rollout: Rollout) -> Work:
+        """What an engine is asked to do with a response, from the beginning or from where it is."""
+        sample = rollout.response_id - rollout.group
+        prompt, known = self.prompt_ids(rollout), tuple(self.texts[rollout.response_id])
+        work = self.content.work(rollout.response_id, sample, prompt, rollout.target_tokens)
+        return replace(work, generated_token_ids=known) if known else work
+
+    def completed(self, rollout: Rollout, finished: Finished) -> None:
+        """The engine says that a response is complete."""
+        assert tuple(self.texts[rollout.response_id]) == tuple(finished.token_ids), "tokens were lost or doubled"
+
+    # --- preparation ---
+
+    def newest_weights(self) -> tuple[int, str]:
+        """The newest version of the learner's weights, and the folder that holds them."""
+        version = max(self._weights)
+        return version, self._weights[version]
+
+    def batch_of(self, rollouts: Sequence[Rollout]) -> TrainingBatch:
+        """Responses as the learner takes them, without scores."""
+        prompts = tuple(self.prompt_ids(rollout) for rollout in rollouts)
+        texts = tuple(tuple(self.texts[rollout.response_id]) for rollout in rollouts)
+        rewards = tuple(self.content.reward(prompt, text) for prompt, text in zip(prompts, texts, strict=True))
+        return TrainingBatch(prompts, texts, rewards, tuple(rollout.group for rollout in rollouts))
+
+    def scored(self, rollouts: Sequence[Rollout], scores: TokenScores) -> None:
+        """Keep what preparation computed."""
+        columns = (scores.old_log_probs, scores.ref_log_probs)
+        for position, index in enumerate(scores.indices):
+            old, ref = ((column[position],) if column is not None else None for column in columns)
+            self._scores[rollouts[index].response_id] = TokenScores((0,), old, ref, None, 0, 0.0)
+
+    # --- learning and weights ---
+
+    def learn_work(self, functions: Sequence[ClusterFunction], state: StepState) -> Callable[[], simpy.Event]:
+        """All ranks update together, one for each GPU; on the virtual clock for as long as the busiest computes."""
+        return lambda: self.env.process(self._learning(sum(function.gpus for function in functions), state))
+
+    def _learning(self, world: int, state: StepState) -> Process:
+        if not self._ranks:
+            yield from self._connect(world)
+        batch = self._prepared_batch(state)
+        if self.hosts.learner.algorithm == "ppo":
+            values = yield self._all_ranks("values", batch)
+            batch = batch.with_scores([timed.result for timed in values])
+        updates = yield self._all_ranks("update", batch, state.step)
+        self.learning.append(updates[0].result)
+        self.rewards.append(sum(batch.rewards) / len(batch))
+        version = self.version + 1
+        folder = str(self._run_folder / f"weights-{version}")
+        exports = self.hosts.get([rank.export_weights.remote(folder) for rank in self._ranks])
+        # Gathering and writing belong to the weight sync, which waits for it.
+        self._weights[version], self._export_s[version] = folder, self._busiest(exports)
+        for rollout in state.rollouts:
+            self._scores.pop(rollout.response_id, None)
+
+    def _connect(self, world: int) -> Process:
+        self._ranks = self.hosts.learners(world)
+        rendezvous = f"file://{self._run_folder / 'rendezvous'}"
+        settings = [replace(self.hosts.learner, rank=i, world=world, rendezvous=rendezvous) for i in range(world)]
+        yield self.clock.call(
+            lambda: [rank.connect.remote(mine) for rank, mine in zip(self._ranks, settings, strict=True)], self._busiest
+        )
+
+    def _all_ranks(self, method: str, *arguments: Any) -> simpy.Event:
+        return self.clock.call(
+            lambda: [getattr(rank, method).remote(*arguments) for rank in self._ranks], self._busiest
+        )
+
+    def _busiest(self, ranks: Sequence[Timed]) -> float:
+        """Ranks share this machine's cores, so that their wall time is not a cluster's; CPU time holds no waiting."""
+        return max(timed.cpu_s for timed in ranks)
+
+    def _prepared_batch(self, state: StepState) -> TrainingBatch:
+        batch = self.batch_of(state.rollouts)
+        scores = [self._scores[rollout.response_id] for rollout in state.rollouts]
+        parts = [replace(score, indices=(index,)) for index, score in enumerate(scores)]
+        return batch.with_scores(parts)
+
+    def sync_work(self, behind: Sequence[ClusterFunction], version: int) -> Callable[[], simpy.Event]:
+        """Engines load what the learner exported, each for itself; then all are checked."""
+        return lambda: self.env.process(self._syncing(behind, version))
+
+    def _syncing(self, behind: Sequence[ClusterFunction], version: int) -> Process:
+        folder, hosts = self._weights[version], [f.host for f in behind if isinstance(f, RealFunction) and f.host]
+        export_s = self._export_s[version]
+        yield self.clock.call(
+            lambda: [host.actor.load_weights.remote(folder, version) for host in hosts],
+            lambda seconds: export_s + max(seconds),
+        )
+        if self.version == version:
+            self._verify([host.actor for host in hosts], version)
+
+    def _verify(self, engines: Sequence[Any], version: int) -> None:
+        """Compare the engines' log-probs of a text with the learner's; takes no time of the run."""
+        text = [FIRST_TOKEN_ID + (7 * i) % 200 for i in range(24)]
+        batch = TrainingBatch((text[:8],), (text[8:],), (0.0,), (0,))
+        scores = self.hosts.get([rank.log_probs.remote(batch) for rank in self._ranks])
+        expected = next(timed.result.old_log_probs[0] for timed in scores if timed.result.indices)
+        found = self.hosts.get([engine.log_probs.remote(text, 8) for engine in engines])
+        error = max(abs(float(a) - float(b)) for one in found for a, b in zip(one, expected, strict=True))
+        self.weight_errors.append(error)
+        if not error <= self.hosts.weight_tolerance:
+            raise RuntimeError(
+                f"after the sync to version {version} the engines' log-probs are up to {error:.3g} from the learner's,"
+                f" more than {self.hosts.weight_tolerance:g}: some engine holds other weights"
+            )

@@ -1,0 +1,194 @@
+"""Functions of the real cluster: what they do, a host's engine and the learner's ranks really do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import simpy
+
+from simrl.policies.contract import Role, Start
+from simrl.policies.runtime.function import ClusterFunction, Process, Rollout, Serving
+from simrl.real_backend.actors import WarmHost
+from simrl.real_backend.engine import StepReport
+
+if TYPE_CHECKING:
+    from simrl.real_backend.backend import RealBackend
+
+
+class RealFunction(ClusterFunction):
+    """A function that a host process works for."""
+
+    cluster: RealBackend
+
+    def __init__(self, cluster: RealBackend, decision: Start) -> None:
+        self.host: WarmHost | None = None
+        self._engine_awake = False
+        self._arrivals: dict[int, Rollout] = {}  # not on the engine yet
+        self._on_engine: dict[int, Rollout] = {}
+        self._kv_used = 0.0
+        super().__init__(cluster, decision.function, decision.gpus, decision.roles, decision.node)
+
+    def _call(
+        self, method: str, *arguments: Any, seconds: Callable[[Any], float] = lambda seconds: seconds
+    ) -> simpy.Event:
+        """Something that the host does."""
+        assert self.host is not None, "a function that has started has a host"
+        actor = self.host.actor
+        return self.cluster.clock.call(lambda: getattr(actor, method).remote(*arguments), seconds)
+
+    # --- life ---
+
+    def start_up(self) -> Process:
+        """Get a host; one that is warm already counts with the time that its own start took."""
+        if set(self.roles) == {"learn"}:
+            return
+        self.host = self.cluster.hosts.take()
+        self._engine_awake = True
+        yield self.cluster.start_event(self.host)
+
+    def switch(self, role: Role) -> simpy.Event | None:
+        """An engine gives its memory up while its function prepares or learns."""
+        wants_engine = role in ("prefill", "decode")
+        if self.host is None or wants_engine == self._engine_awake:
+            return None
+        self._engine_awake = wants_engine
+        return self._call("wake" if wants_engine else "park")
+
+    def park_work(self) -> simpy.Event | None:
+        """Free the engine's memory, unless it is free already."""
+        if self.host is None or not self._engine_awake:
+            return None
+        self._engine_awake = False
+        return self._call("park")
+
+    def wake_work(self) -> simpy.Event | None:
+        """Take it again."""
+        if self.host is None or self._engine_awake:
+            return None
+        self._engine_awake = True
+        return self._call("wake")
+
+    def end(self) -> None:
+        """The host waits for the next function."""
+        if self.host is not None:
+            self.cluster.hosts.give_back(self.host)
+            self.host = None
+
+    def forget_prefixes(self) -> None:
+        """Nothing to do: engines forget when they are parked and when they get new weights."""
+
+    # --- generation ---
+
+    def engine_ids(self) -> set[int]:
+        """Responses that are in the engine, or handed to it with its next iteration."""
+        return {*self._arrivals, *self._on_engine}
+
+    def take_in(self, task: Serving) -> Process:
+        """Take arrivals, let responses leave the engine."""
+        if task.inbox:
+            self.cluster.generating({rollout.step for rollout in task.inbox})
+            self._arrivals.update((rollout.response_id, rollout) for rollout in task.inbox)
+            task.inbox.clear()
+        removals, self.removals = self.removals, []
+        for rollouts, target, with_kv in removals:
+            leaving = [rollout for response_id, rollout in rollouts.items() if response_id in self.engine_ids()]
+            running = [rollout.response_id for rollout in leaving if rollout.response_id in self._on_engine]
+            if running:
+                self.generate()
+                moved = yield self._call("take_out", running, with_kv, seconds=lambda moved: moved.seconds)
+                self.cluster.kv_bytes_saved += moved.bytes
+            for rollout in leaving:
+                self._arrivals.pop(rollout.response_id, None)
+                self._on_engine.pop(rollout.response_id, None)
+            if leaving:
+                self.sending(self._move(leaving, target))
+
+    def _move(self, rollouts: Sequence[Rollout], target: Serving) -> Process:
+        """What moves are token ids; KV lies in files, which the target's engine reads."""
+        if not target.function.ready.processed:
+            yield target.function.ready
+        target.deliver(rollouts)
+
+    def iterate(self) -> Process:
+        """One iteration of the engine on the virtual clock, several on the wall's."""
+        if not (self._arrivals or self._on_engine):
+            return False
+        self.generate()
+        arrivals = [self.cluster.work_for(rollout) for rollout in self._arrivals.values()]
+        self._on_engine.update(self._arrivals)
+        self._arrivals.clear()
+        begin_s = self.cluster.env.now
+        reports = yield self._call(
+            "step", arrivals, self.cluster.iterations_per_call, seconds=lambda reports: sum(r.seconds for r in reports)
+        )
+        self._book(reports, begin_s)
+        return True
+
+    def _book(self, reports: Sequence[StepReport], begin_s: float) -> None:
+        texts, rollouts, ends = self.cluster.texts, [], []
+        took_s = sum(report.seconds for report in reports)
+        # Between iterations a call on the wall clock spends time of its own: it is spread over them.
+        stretch = (self.cluster.env.now - begin_s) / took_s if took_s else 0.0
+        elapsed_s = 0.0
+        for report in reports:
+            elapsed_s += report.seconds
+            for response_id, token_ids in report.new_tokens.items():
+                texts[response_id].extend(token_ids)
+                self._on_engine[response_id].generated += len(token_ids)
+            for finished in report.finished:
+                rollout = self._on_engine.pop(finished.response_id)
+                rollout.cached_tokens += finished.cached_tokens
+                rollout.computed_tokens += finished.computed_tokens
+                self.cluster.completed(rollout, finished)
+                rollouts.append(rollout)
+                ends.append(begin_s + stretch * elapsed_s)
+            self.cluster.num_preemptions += report.num_preempted
+        if rollouts:
+            self.cluster.rollouts_finished(self, rollouts, ends)
+
+    def prefill(self, groups: Sequence[Sequence[Rollout]]) -> simpy.Event:
+        """Compute the prompts and leave their KV in files."""
+        prompts = [self.cluster.prompt_ids(group[0]) for group in groups]
+        return self._call("prefill", prompts, seconds=lambda done: done.seconds)
+
+    def send_prefix(self, groups: Sequence[Sequence[Rollout]], target: ClusterFunction) -> Process:
+        """The KV lies in files already; the target's engine reads it when the response arrives."""
+        for group in groups:
+            group[0].computed_tokens += group[0].prompt_tokens
+        return
+        yield
+
+    def prepare_work(self, rollouts: Sequence[Rollout], *, loaded: bool) -> simpy.Event:
+        """Rewards, and log-probs under the learner's newest weights."""
+        return self.cluster.clock.env.process(self._score(rollouts))
+
+    def _score(self, rollouts: Sequence[Rollout]) -> Process:
+        version, folder = self.cluster.newest_weights()
+        yield self._call("load_scorer", folder, version)
+        batch = self.cluster.batch_of(rollouts)
+        scores = yield self._call("score", batch, seconds=lambda scores: scores.seconds)
+        self.cluster.scored(rollouts, scores)
+
+    # --- what it reports ---
+
+    def slots(self) -> int:
+        """Up to the batch at which decode latency stays flat, and that KV holds if all grow to the cap."""
+        if "decode" not in self.roles or self.host is None:
+            return 0
+        settings, job = self.cluster.hosts.engine, self.cluster.job
+        assert settings.num_kv_blocks is not None, "the backend gives engines a number of blocks"
+        longest = job.max_prompt_tokens + job.max_response_tokens
+        held = settings.num_kv_blocks * settings.block_tokens // longest
+        return min(self.cluster.estimates().flat_batch(self.gpus), settings.max_num_seqs, held)
+
+    def kv_used(self) -> float:
+        """Used share of its KV blocks, by the known tokens of its responses."""
+        settings = self.cluster.hosts.engine
+        assert settings.num_kv_blocks is not None, "the backend gives engines a number of blocks"
+        blocks = sum(-(-(r.prompt_tokens + r.generated) // settings.block_tokens) for r in self._on_engine.values())
+        return min(blocks / settings.num_kv_blocks, 1.0)
+
+    def generated(self, rollout: Rollout) -> int:
+        """As of the last report."""
+        return rollout.generated

@@ -112,7 +112,9 @@ class EngineHost:
         return scores
 
     def reset(self, folder: str) -> None:
-        """Back to the first weights, with nothing on the engine."""
+        """Awake, with the first weights and nothing on the engine."""
+        if self._engine.parked:
+            self._engine.wake()
         for response_id in self._engine.unfinished():
             self._engine.take_out([response_id], with_kv=False)
         self._engine.load_weights(folder, 0)
@@ -221,6 +223,7 @@ class HostPool:
         self.learner = learner
         self._cpus = cpus_per_host
         self._idle: list[WarmHost] = []
+        self._taken: list[WarmHost] = []
         self._learners: list[Any] = []
         self._all: list[Any] = []
         self._run_folder: Path | None = None
@@ -242,16 +245,22 @@ class HostPool:
         if self._idle:
             host = self._idle.pop(0)
             self.get(host.actor.reset.remote(self.engine.model))
+            self._taken.append(host)
             return host
         started_s = time.perf_counter()
         options = self._options() | ({"num_gpus": self.engine.tensor_parallel} if self.engine.device == "cuda" else {})
         actor = self._ray.remote(EngineHost).options(**options).remote(self.engine, self.learner)
         self._all.append(actor)
         self.get(actor.ready.remote(), START_TIMEOUT_S)
-        return WarmHost(actor, time.perf_counter() - started_s)
+        self._taken.append(WarmHost(actor, time.perf_counter() - started_s))
+        return self._taken[-1]
 
     def new_run(self) -> Path:
-        """A folder for a run's files; those of the run before go, and all KV, whose versions would be mistaken."""
+        """A folder for a run's files.
+
+        The run before is over: its hosts are idle, its files go, and so does all KV, whose versions would be mistaken.
+        """
+        self._idle, self._taken = [*self._taken, *self._idle], []
         if self._run_folder is not None:
             shutil.rmtree(self._run_folder, ignore_errors=True)
         kv_folder = Path(str(self.engine.kv_folder))
@@ -269,11 +278,8 @@ class HostPool:
 
     def give_back(self, host: WarmHost) -> None:
         """The function that had it is gone."""
+        self._taken.remove(host)
         self._idle.append(host)
-
-    def forget(self, host: WarmHost) -> None:
-        """It died."""
-        self._ray.kill(host.actor)
 
     def learners(self, count: int) -> list[Any]:
         """Hosts of so many ranks."""

@@ -537,6 +537,11 @@ class VllmEngine:
         self.cold_start_phases["warm_up_s"] = time.perf_counter() - started_s
         return self.cold_start_phases["warm_up_s"]
 
+    @property
+    def parked(self) -> bool:
+        """Whether its memory is given up."""
+        return self._parked
+
     def park(self) -> float:
         """Give the accelerator's memory back, keeping the weights in host memory; seconds.
 

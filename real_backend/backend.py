@@ -19,6 +19,7 @@ from simrl.real_backend.batch import TokenScores, TrainingBatch
 from simrl.real_backend.clock import Clock, VirtualClock, WallClock
 from simrl.real_backend.engine import Finished, Work
 from simrl.real_backend.function import RealFunction
+from simrl.real_backend.rewards import Task
 from simrl.traces.job import Engine, Job
 from simrl.traces.records import Recorder
 from simrl.traces.streams import stream
@@ -74,6 +75,51 @@ class Replay:
     def reward(self, prompt: Sequence[int], response: Sequence[int]) -> float:
         """A number from 0 to 1 that depends on the response alone."""
         return float(stream(self.seed, "reward", len(response), response[0]).random())
+
+
+class Sampled:
+    """Responses to a task's prompts, sampled up to a cap, with the task's rewards.
+
+    Args:
+        task: What is to be learned.
+        seed: Of prompts and sampling.
+        temperature: Of sampling; the learner's must be the same.
+        stop_token_ids: Ids that end a response.
+    """
+
+    def __init__(self, task: Task, seed: int, temperature: float = 1.0, stop_token_ids: tuple[int, ...] = ()) -> None:
+        self.task, self.seed, self.temperature, self.stop_token_ids = task, seed, temperature, stop_token_ids
+
+    def prompt(self, step: int, row: int, prompt_id: int | str, tokens: int) -> Sequence[int]:
+        """The task's prompt."""
+        return self.task.prompts(step, self.seed)[row]
+
+    def work(self, response_id: int, sample: int, prompt: Sequence[int], target_tokens: int) -> Work:
+        """Sampled tokens, at most as many as the job allows."""
+        return Work(
+            response_id=response_id,
+            prompt_token_ids=prompt,
+            max_tokens=target_tokens,
+            stop_token_ids=self.stop_token_ids,
+            temperature=self.temperature,
+            seed=(self.seed << 32) + response_id,
+        )
+
+    def reward(self, prompt: Sequence[int], response: Sequence[int]) -> float:
+        """The task's."""
+        return self.task.reward(prompt, response)
+
+
+def work_of_task(task: Task, job: Job, seed: int) -> Callable[[int], StepWork]:
+    """The steps of a task; every response may grow to the job's cap."""
+
+    def work(step: int) -> StepWork:
+        prompts = task.prompts(step, seed)
+        shape = [[job.max_response_tokens] * job.responses_per_prompt for _ in prompts]
+        cut = [[True] * job.responses_per_prompt for _ in prompts]
+        return StepWork(step, list(range(len(prompts))), [len(prompt) for prompt in prompts], shape, cut)
+
+    return work
 
 
 class RealBackend(ClusterBackend):

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_backend import check_apart, check_stages
 
-from simrl.policies.contract import Policy, Role, drive
+from simrl.policies.contract import (
+    Assign,
+    Completions,
+    Decision,
+    Learn,
+    Migrate,
+    Observation,
+    Policy,
+    Prepare,
+    Role,
+    Stage,
+    StageFinished,
+    Start,
+    StepStarted,
+    Subscribe,
+    Sync,
+    drive,
+)
 from simrl.policies.rlhfless import RLHFless
 from simrl.policies.rlhfuse import RLHFuse
 from simrl.policies.runtime.steps import StepWork
 from simrl.policies.verl import Verl
 from simrl.real_backend.actors import HostPool
-from simrl.real_backend.backend import ClockName, RealBackend, Replay
-from simrl.real_backend.engine import EngineSettings
+from simrl.real_backend.backend import ClockName, Content, RealBackend, Replay
+from simrl.real_backend.engine import EngineSettings, Work
 from simrl.real_backend.learner_settings import LearnerSettings
 from simrl.real_backend.tiny_model import write_tiny_model
 from simrl.traces.job import Engine, Job
@@ -86,9 +104,11 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostPool]:
     assert not folder.exists()
 
 
-def run(hosts: HostPool, policy: Policy, clock: ClockName = "virtual", gpus: int = 2) -> tuple[RealBackend, Frames]:
+def run(
+    hosts: HostPool, policy: Policy, clock: ClockName = "virtual", gpus: int = 2, content: Content | None = None
+) -> tuple[RealBackend, Frames]:
     recorder = Recorder()
-    content = Replay(0, vocabulary=4096)
+    content = content or Replay(0, vocabulary=4096)
     engine = Engine(tensor_parallel=1, max_num_seqs=16)
     backend = RealBackend(JOB, engine, 1, gpus, work, recorder, hosts, content, lambda _: Guess(), clock)
     drive(backend, policy)
@@ -134,3 +154,62 @@ def test_real_and_simulated_functions_are_told_apart_by_nothing_in_the_frames(ho
     _, frames = run(hosts, Verl())
     assert set(frames.workers.state) <= {"busy", "idle", "cold", "parked"}
     assert set(frames.phases.stage) == {"generation", "preparation", "learning", "weight_sync", "step"}
+
+
+# --- what is generated ---
+
+
+class Greedy(Replay):
+    """Replay that decodes greedily: a response's tokens depend on its prompt and the weights alone."""
+
+    def work(self, response_id: int, sample: int, prompt: Sequence[int], target_tokens: int) -> Work:
+        sampled = super().work(response_id, sample, prompt, target_tokens)
+        return replace(sampled, temperature=0.0)
+
+
+def test_responses_that_move_or_whose_prompts_were_computed_elsewhere_say_the_same(hosts: HostPool) -> None:
+    texts = {}
+    for name, policy in {
+        "verl": Verl(),
+        "recompute": Mover(with_kv=False),
+        "with KV": Mover(with_kv=True),
+        "dedup": Mover(with_kv=True, prefill=True),
+    }.items():
+        backend, frames = run(hosts, policy, content=Greedy(1, vocabulary=4096))
+        first = frames.samples[frames.samples.step == 0]
+        texts[name] = [backend.texts[i] for i in range(PROMPTS * SAMPLES)]
+        if name != "verl":
+            assert first.migrations.sum() >= 3, "hardly anything moves"
+        if name == "with KV":
+            assert backend.kv_bytes_saved > 0
+    assert len({token for text in texts["verl"] for token in text}) > 30, "the model repeats itself: this shows nothing"
+    for name, moved in texts.items():
+        assert moved == texts["verl"], name
+
+
+class Mover:
+    """Generates on one of two functions and moves what is unfinished to the other after a third of the responses."""
+
+    def __init__(self, *, with_kv: bool, prefill: bool = False) -> None:
+        self.with_kv, self.prefill, self.moved = with_kv, prefill, -1
+
+    def decide(self, observation: Observation) -> Sequence[Decision]:
+        decisions: list[Decision] = []
+        if not observation.functions:
+            decisions += [Start(name, 1, ("prefill", "decode", "prepare", "learn")) for name in ("a", "b")]
+            stages: tuple[Stage, ...] = ("generation", "preparation")
+            decisions += [Subscribe(StageFinished(stage)) for stage in stages]
+            decisions.append(Subscribe(Completions(1)))
+        for event in observation.events:
+            match event:
+                case StepStarted(prompts=prompts):
+                    ids = tuple(i for prompt in prompts for i in prompt.responses)
+                    decisions += [Sync(("a", "b")), Assign("a", ids, prefix_from="b" if self.prefill else None)]
+                case Completions() if observation.step != self.moved and len(observation.unfinished("a")) < 9:
+                    self.moved = observation.step
+                    decisions.append(Migrate(observation.unfinished("a"), "b", self.with_kv))
+                case StageFinished(stage="generation"):
+                    decisions.append(Prepare(("a", "b"), observation.unprepared))
+                case StageFinished(stage="preparation"):
+                    decisions.append(Learn(("a", "b")))
+        return decisions

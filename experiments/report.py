@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -15,6 +15,9 @@ from rich.text import Text
 from simrl.experiments.compare import Comparison
 from simrl.experiments.run import Result
 from simrl.traces.summary import STAGES
+
+if TYPE_CHECKING:
+    from simrl.experiments.validate import Validation
 
 
 def of_run(result: Result, directory: Path | None) -> RenderableType:
@@ -105,6 +108,30 @@ def _standings(title: str, figures: Mapping[str, Mapping[str, Any]]) -> Table:
 def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
     shown = form.format(value)
     return shown if interval is None else f"{shown}\n[{form.format(interval[0])}, {form.format(interval[1])}]"
+
+
+def of_validation(validation: Validation, directory: Path | None) -> RenderableType:
+    """Real against simulated by policy and stage: means over steps, and medians of the errors of single steps."""
+    table = _table("policy", "stage", "real s", "simulated s", "error", "normalised", "repeats differ")
+    spread = validation.repeat_spread.set_index(["policy", "stage"])["spread"]
+    raw = validation.median_abs_error("policy")
+    normalised = validation.median_abs_error("policy", normalised=True)
+    means = validation.rows.groupby(["policy", "stage"], sort=False)[["real_s", "simulated_s"]].mean()
+    for key, real_s, simulated_s in zip(means.index, means["real_s"], means["simulated_s"], strict=True):
+        policy, stage = key
+        cells = [f"{share:.1%}" for share in (raw[key], normalised[key], spread[key])]
+        table.add_row(Text(policy), stage, f"{real_s:.3f}", f"{simulated_s:.3f}", *cells)
+    notes = [
+        "real and simulated: means over steps, of the median of the repeats; error: median over steps of"
+        " |simulated / real - 1|; normalised: by a probe that tells how slow the machine was; gpu_s: GPU-seconds"
+    ]
+    for stage, ranking in validation.ranking().items():
+        real, simulated = (" < ".join(ranking[kind]) for kind in ("real", "simulated"))
+        verdict = "the same" if real == simulated else f"simulated: {simulated}"
+        notes.append(f"{stage}: {real} as measured; {verdict}")
+    if directory is not None:
+        notes.append(f"written to {directory}")
+    return Group(table, *(Text(note, overflow="fold") for note in notes))
 
 
 def of_list(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -8,7 +8,7 @@ many functions share one core without slowing each other down, and a run on a la
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import simpy
@@ -18,6 +18,9 @@ class Clock(Protocol):
     """How work that other processes do becomes an event."""
 
     env: simpy.Environment
+
+    def each(self, begins: Sequence[Callable[[], Any]], seconds: Callable[[Any], float]) -> simpy.Event:
+        """An event that fires when all of several independent pieces of work are done."""
 
     def call(self, begin: Callable[[], Any], seconds: Callable[[Any], float]) -> simpy.Event:
         """An event whose value is what the work returned; *seconds* are read off that."""
@@ -38,6 +41,11 @@ class VirtualClock:
         """Do the work now; the event fires when it would be over."""
         result = self._get(begin())
         return self.env.timeout(seconds(result), value=result)
+
+    def each(self, begins: Sequence[Callable[[], Any]], seconds: Callable[[Any], float]) -> simpy.Event:
+        """One after the other, so that none slows another down; it lasts as long as the longest."""
+        results = [self._get(begin()) for begin in begins]
+        return self.env.timeout(max(map(seconds, results)), value=results)
 
 
 class WallEnvironment(simpy.Environment):
@@ -101,6 +109,10 @@ class WallClock:
         if isinstance(calls, list):
             return self.env.process(self._all([self.env.future(call) for call in calls]))
         return self.env.future(calls)
+
+    def each(self, begins: Sequence[Callable[[], Any]], seconds: Callable[[Any], float]) -> simpy.Event:
+        """All at once."""
+        return self.call(lambda: [begin() for begin in begins], seconds)
 
     def _all(self, events: list[simpy.Event]) -> Any:
         done = yield self.env.all_of(events)

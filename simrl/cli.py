@@ -84,8 +84,10 @@ def _user_message(error: Exception) -> str | None:
     from simrl.policies.check import PolicyCheckFailed
     from simrl.policies.contract import InvalidDecision, PolicyStalled
     from simrl.simulator.costs import DoesNotFit
+    from simrl.traces.profile import ProfileError
 
-    mendable = (ConfigError, DoesNotFit, InvalidDecision, PolicyStalled, RunDirectoryError, PolicyCheckFailed)
+    theirs = (InvalidDecision, PolicyStalled, PolicyCheckFailed)
+    mendable = (ConfigError, DoesNotFit, ProfileError, RunDirectoryError, *theirs)
     if not isinstance(error, mendable):
         return None
     return ": ".join([*getattr(error, "__notes__", ()), str(error)])
@@ -169,6 +171,44 @@ def compare(
 
 
 @app.command()
+def validate(
+    policies: Annotated[
+        list[str] | None, typer.Option("--policy", help="Repeatable; by default the three that ship.", metavar="NAME")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.", metavar="DEVICE")] = "cpu",
+    clock: Annotated[
+        str | None, typer.Option(help="virtual or wall; by default virtual on CPUs, wall on GPUs.", metavar="CLOCK")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Of `simrl profile`; measured now without.")] = None,
+    model: Annotated[str, typer.Option(help="Folder in Hugging Face's format, or tiny.", metavar="MODEL")] = "tiny",
+    gpus: Annotated[int, typer.Option(parser=_whole_number, help="GPUs (or logical cores) a node.", metavar="N")] = 8,
+    repeats: Annotated[int, typer.Option(parser=_whole_number, help="Real runs of each policy.", metavar="N")] = 2,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster; by default this machine's own.")] = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    steps: StepsOption = None,
+    seed: SeedOption = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run policies on real engines and simulated, and print how far the simulator is off."""
+    from simrl.experiments import report
+    from simrl.experiments.run import check_directory
+    from simrl.experiments.validate import run_validation, write_validation
+
+    if output:
+        check_directory(output)
+    validation = run_validation(
+        policies or ["verl", "rlhfuse", "rlhfless"], device=device, clock=clock, profile=profile, model=model,
+        gpus=gpus, repeats=repeats, address=address, config_file=config, sets=sets or [], steps=steps, seed=seed,
+        progress=lambda what: print("simrl:", what, file=sys.stderr) if sys.stderr.isatty() else None,
+    )  # fmt: skip
+    if output:
+        write_validation(validation, output)
+    _print(json.dumps(validation.to_json(), indent=2) if as_json else report.of_validation(validation, output))
+
+
+@app.command()
 def policies(
     check: Annotated[str | None, typer.Option(help="Hold this policy to the contract.", metavar="NAME")] = None,
     sets: SetOption = None,
@@ -207,6 +247,25 @@ def hardware(as_json: JsonOption = False) -> None:
     else:
         for title, rows in tables.items():
             _print(report.of_list(title, rows))
+
+
+@app.command()
+def profile(
+    device: Annotated[str, typer.Option(help="cpu or cuda.", metavar="DEVICE")],
+    model: Annotated[str, typer.Option(help="A folder in Hugging Face's format, or tiny.", metavar="FOLDER")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", metavar="FILE")],
+    quick: Annotated[bool, typer.Option("--quick", help="Few repetitions.")] = False,
+    seed: Annotated[int, typer.Option(parser=_whole_number, help="Of workloads and order.", metavar="S")] = 0,
+) -> None:
+    """Measure what real engines and learners take on this machine."""
+    from simrl.experiments import report
+    from simrl.real_backend.profiler import check_profiling, profile_model
+
+    check_profiling(device, model, output)
+    with _progress("percent", 100) as progress:
+        measured = profile_model(device, model, quick=quick, seed=seed, on_progress=progress)
+    measured.write(output)
+    _print(report.of_list("profile", measured.overview()))
 
 
 def _load(**options: Any) -> Config:

@@ -14,12 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from simrl.real_backend.kv_connector import KVMove
 
 # vLLM reads them when it is imported or makes its first engine: the scheduler in this process, no thread pinning (other
 # engines run beside this one), no hub, no usage reports, loopback only (an engine is on one node). What is set already
@@ -84,6 +81,20 @@ class EngineSettings:
             raise ValueError(f"give one of num_kv_blocks and kv_bytes, got {self.num_kv_blocks=} and {self.kv_bytes=}")
         if self.device == "cpu" and self.block_tokens % CPU_BLOCK_TOKENS:
             raise ValueError(f"block_tokens={self.block_tokens} must be a multiple of {CPU_BLOCK_TOKENS} on CPUs")
+
+
+@dataclass(frozen=True, slots=True)
+class KVMove:
+    """KV that went from an engine to files or back; bytes of all ranks, seconds of the slowest."""
+
+    num_blocks: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: KVMove) -> KVMove:
+        return KVMove(
+            self.num_blocks + other.num_blocks, self.num_bytes + other.num_bytes, self.seconds + other.seconds
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -411,7 +422,7 @@ class VllmEngine:
 
     def _save(self, response: _Response) -> tuple[int, KVMove]:
         """Save the whole blocks of a response; the tokens in them and what was written."""
-        from simrl.real_backend.kv_connector import KVMove, block_names, over_ranks, save_blocks, version_folder
+        from simrl.real_backend.kv_connector import block_names, over_ranks, save_blocks, version_folder
 
         kv_folder = self._kv_folder()
         request = self._scheduler.requests[response.request_id]
@@ -436,8 +447,6 @@ class VllmEngine:
         Raises:
             RuntimeError: the engine has other work, or no `kv_folder`.
         """
-        from simrl.real_backend.kv_connector import KVMove
-
         self._check_idle()
         self._kv_folder()
         started_s = time.perf_counter()

@@ -34,19 +34,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class KVMove:
-    """KV that went from an engine to files or back; bytes of all ranks, seconds of the slowest."""
-
-    num_blocks: int = 0
-    num_bytes: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: KVMove) -> KVMove:
-        return KVMove(
-            self.num_blocks + other.num_blocks, self.num_bytes + other.num_bytes, self.seconds + other.seconds
-        )
+from simrl.real_backend.engine import KVMove
 
 
 def over_ranks(moves: Sequence[KVMove]) -> KVMove:

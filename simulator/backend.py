@@ -11,7 +11,7 @@ from simrl.policies.runtime.backend import ClusterBackend
 from simrl.policies.runtime.function import ClusterFunction, Rollout
 from simrl.policies.runtime.steps import StepState, StepWork, deal_to_and_fro, total_tokens
 from simrl.policies.runtime.view import View
-from simrl.simulator.costs import Costs, DoesNotFit
+from simrl.simulator.costs import CostModel, DoesNotFit
 from simrl.simulator.engine import Request
 from simrl.simulator.estimates import ProfiledEstimates
 from simrl.simulator.function import SimFunction
@@ -32,7 +32,7 @@ class SimulatedBackend(ClusterBackend):
 
     def __init__(
         self,
-        costs: Costs,
+        costs: CostModel,
         work: Callable[[int], StepWork],
         recorder: Recorder,
         seed: int,
@@ -60,7 +60,7 @@ class SimulatedBackend(ClusterBackend):
     def new_rollouts(self, step: int, group: int, prompt_tokens: int, lengths: Sequence[int]) -> Sequence[Rollout]:
         """Requests of a known length."""
         return [
-            Request(response_id, group, prompt_tokens, length, step=step)
+            Request(response_id, group, prompt_tokens, length, 0, 0, 0, 0, step)
             for response_id, length in enumerate(lengths, start=group)
         ]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from simrl.policies.contract import Role
 from simrl.simulator.engine import BLOCK_TOKENS
@@ -62,6 +62,63 @@ class NodeType:
         )
 
 
+class CostModel(Protocol):
+    """What the simulated cluster asks: seconds and bytes for one job on one kind of node. See `Costs`."""
+
+    job: Job
+    engine: EngineSpec
+    node: NodeType
+    nodes: int
+    block_tokens: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    prefix_caching: bool
+    latency_s: float
+
+    @property
+    def times(self) -> Callable[[int], IterationTimes]:
+        """Iteration times of an engine, by its GPUs."""
+
+    def flat_batch(self, gpus: int, context: float) -> int:
+        """Largest batch at which decode latency counts as flat."""
+
+    def kv_blocks(self, gpus: int, learner_world: int | None) -> int:
+        """KV blocks of an engine."""
+
+    def check_fit(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> None:
+        """Raise `DoesNotFit` unless each role of a function has room on its GPUs."""
+
+    def prepare_s(self, tokens: int, responses: int, gpus: int, *, loaded: bool = False) -> float:
+        """Preparation of finished responses on one function."""
+
+    def learn_s(self, rank_tokens: int, mean_tokens: float, gpus: int, nodes: int) -> float:
+        """An update, at the pace of the rank with the most tokens."""
+
+    def sync_s(self, gpus: int, nodes: int) -> float:
+        """New weights into all engines."""
+
+    def transfer_s(self, kv_tokens: int, gpus: int, *, same_node: bool) -> float:
+        """KV from one function to another."""
+
+    def resident_bytes(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
+        """What a parked function keeps in host memory, of each GPU."""
+
+    def park_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
+        """GPU to host."""
+
+    def wake_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
+        """Host to GPU."""
+
+    def switch_s(self, old: Role | None, new: Role, learner_world: int | None) -> float:
+        """Changing the awake role."""
+
+    def start_phases(self, gpus: int, roles: Sequence[Role], *, cached: bool) -> dict[str, float]:
+        """Expected seconds of each phase of a cold start, "download" among them."""
+
+    def start_spread(self) -> float:
+        """Standard deviation of ln of each phase."""
+
+
 class Costs:
     """Seconds and bytes for one job on one kind of node.
 
@@ -84,8 +141,8 @@ class Costs:
         self._utilization = self._option("gpu_memory_utilization")
         self._eager = bool(self._option("enforce_eager"))
         self.latency_s = parameters.number("network.latency_s")
-        self.prefix_caching = engine.prefix_caching
         self.block_tokens = BLOCK_TOKENS
+        self.prefix_caching = engine.prefix_caching
         self.weight_bytes = float(self.model.weight_bytes())
         self.kv_token_bytes = float(self.model.kv_bytes_per_token())
         if engine.kv_cache_dtype == "fp8":

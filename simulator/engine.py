@@ -97,6 +97,7 @@ class Engine(Generic[R]):
     free_blocks: int = field(init=False)
     _unhashed: int = field(init=False)  # free blocks that nobody can hit; they are taken first
     _free: deque[_Chain] = field(default_factory=deque)  # the others, least recently used first
+    _unreachable: _Chain = field(default_factory=lambda: _Chain(0))  # those of complete responses, if last in `_free`
     _prompts: dict[int, _Chain] = field(default_factory=dict)  # by group
     _left: dict[int, _Chain] = field(default_factory=dict)  # own blocks of requests that do not run, by id
     _tick: int = 0  # decode iterations so far
@@ -133,7 +134,7 @@ class Engine(Generic[R]):
         Raises:
             ValueError: It would never be complete, even if it had all KV blocks to itself.
         """
-        request._final_blocks = self._blocks(request.prompt_tokens + request.target_tokens - 1)
+        request._final_blocks = -(-(request.prompt_tokens + request.target_tokens - 1) // self.block_tokens)
         if request._final_blocks > self.kv_blocks:
             raise ValueError(
                 f"response {request.response_id} needs {request._final_blocks} KV blocks for {request.prompt_tokens}"
@@ -317,7 +318,7 @@ class Engine(Generic[R]):
                 taken += int(request.kv_tokens % self.block_tokens == 0)
             else:
                 chunks.append((request, tokens))
-                if request.kv_tokens + tokens < request.prompt_tokens + request.generated:
+                if not budget and request.kv_tokens + tokens < request.known_tokens:
                     self._prefilling[request.response_id] = request
         # Decoding takes its blocks again when the iteration is over; until then nobody else can.
         self.free_blocks += taken
@@ -330,7 +331,8 @@ class Engine(Generic[R]):
         Returns:
             Tokens to compute now; 0 if it has to wait.
         """
-        prompt, left = self._prompts.get(request.group), self._left.get(request.response_id)
+        prompt = self._prompts.get(request.group)
+        left = self._left.get(request.response_id) if self._left else None
         hits = prompt.blocks if prompt is not None else 0
         in_use = hits if prompt is not None and prompt.users else 0
         known = request.prompt_tokens + request.generated
@@ -375,12 +377,14 @@ class Engine(Generic[R]):
         prompt, end = request._prompt, request.kv_tokens + tokens
         assert prompt is not None, "a running request has blocks"
         had = prompt.blocks + request._own_blocks
-        if prompt.hashed and prompt.blocks * self.block_tokens < request.prompt_tokens - 1:
+        if prompt.hashed and (prompt.blocks + 1) * self.block_tokens < request.prompt_tokens:  # some are still missing
             prompt.blocks = max(prompt.blocks, min(self._hittable_blocks(request), end // self.block_tokens))
         blocks = -(-end // self.block_tokens)
         request._own_blocks = blocks - prompt.blocks
-        if blocks > had:
-            self._take(blocks - had)
+        self.free_blocks -= blocks - had
+        self._unhashed -= blocks - had
+        if self._unhashed < 0:
+            self._evict()
 
     def _blocks_missing(self, request: R, tokens: int) -> int:
         """Blocks still to take so that *request* can hold *tokens*."""
@@ -396,10 +400,12 @@ class Engine(Generic[R]):
         return sum(self._blocks_missing(request, end) for request, end in ends)
 
     def _mixed_seconds(self) -> float:
-        tokens = sum(chunk for _, chunk in self._chunks)
-        attended = sum(chunk * (request.kv_tokens + chunk / 2) for request, chunk in self._chunks) / tokens
+        tokens, attended = 0, 0.0
+        for request, chunk in self._chunks:
+            tokens += chunk
+            attended += chunk * (request.kv_tokens + chunk / 2)
         batch = len(self._finishes)
-        return self.times.iteration_s(tokens, attended, batch, self._context / batch if batch else 0.0)
+        return self.times.iteration_s(tokens, attended / tokens, batch, self._context / batch if batch else 0.0)
 
     # --- decode ---
 
@@ -432,17 +438,14 @@ class Engine(Generic[R]):
         self._to_grow -= growth
         self._tick = end
         for request in finished:
-            self._complete(request)
+            assert request._prompt is not None, "a running request has blocks"
+            request._decoding = False
+            request.generated = request.target_tokens
+            request.kv_tokens = request.prompt_tokens + request.target_tokens - 1
+            request._own_blocks = request._final_blocks - request._prompt.blocks
+            del self.running[request.response_id]
+            self._let_go(request)
         return finished
-
-    def _complete(self, request: R) -> None:
-        assert request._prompt is not None, "a running request has blocks"
-        request._decoding = False
-        request.generated = request.target_tokens
-        request.kv_tokens = request.prompt_tokens + request.target_tokens - 1
-        request._own_blocks = request._final_blocks - request._prompt.blocks
-        del self.running[request.response_id]
-        self._let_go(request)
 
     def _growth(self, iterations: int) -> int:
         """Blocks that the decoding requests take in the next *iterations*."""
@@ -499,6 +502,11 @@ class Engine(Generic[R]):
         """Use free blocks, those first that nobody can hit."""
         self.free_blocks -= blocks
         self._unhashed -= blocks
+        if self._unhashed < 0:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Make good for taking more blocks than nobody could hit."""
         while self._unhashed < 0:
             oldest = self._free[0]
             evicted = min(oldest.blocks, -self._unhashed)
@@ -515,11 +523,14 @@ class Engine(Generic[R]):
         self.free_blocks += request._own_blocks
         self._unhashed += request._own_blocks - full
         request._prompt, request._own_blocks = None, 0
-        if full:
-            chain = _Chain(full)
+        if full and may_return:
+            self._left[request.response_id] = chain = _Chain(full)
             self._free.append(chain)
-            if may_return:
-                self._left[request.response_id] = chain
+        elif full and self._free and self._free[-1] is self._unreachable:
+            self._unreachable.blocks += full
+        elif full:
+            self._unreachable = _Chain(full)
+            self._free.append(self._unreachable)
         prompt.users -= 1
         if not prompt.users and prompt.blocks:
             self.free_blocks += prompt.blocks

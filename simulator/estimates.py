@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from simrl.policies.contract import Role
-from simrl.simulator.costs import Costs
-from simrl.simulator.engine import BLOCK_TOKENS
+from simrl.simulator.costs import CostModel
 
 
 class ProfiledEstimates:
@@ -16,7 +15,7 @@ class ProfiledEstimates:
         context: Mean tokens of a response in mid-generation.
     """
 
-    def __init__(self, costs: Costs, learner_world: int | None, context: float) -> None:
+    def __init__(self, costs: CostModel, learner_world: int | None, context: float) -> None:
         self._costs, self._world, self._context = costs, learner_world, context
 
     def _learners(self, roles: tuple[Role, ...]) -> int | None:
@@ -42,7 +41,7 @@ class ProfiledEstimates:
 
     def kv_tokens(self, gpus: int, roles: tuple[Role, ...]) -> int:
         """Tokens whose KV fits in a function's engine."""
-        return self._costs.kv_blocks(gpus, self._learners(roles)) * BLOCK_TOKENS
+        return self._costs.kv_blocks(gpus, self._learners(roles)) * self._costs.block_tokens
 
     def transfer_s(self, tokens: int, gpus: int, *, same_node: bool) -> float:
         """Sending the KV of *tokens* tokens between functions of *gpus* GPUs over an unloaded link."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import simpy
 
-from simrl.simulator.costs import Costs
+from simrl.simulator.costs import CostModel
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class NodeLinks:
 class Network:
     """KV transfers between nodes. A NIC serves them one after the other, so its bytes are shared, never doubled."""
 
-    def __init__(self, env: simpy.Environment, nodes: list[NodeLinks], costs: Costs) -> None:
+    def __init__(self, env: simpy.Environment, nodes: list[NodeLinks], costs: CostModel) -> None:
         self.env, self.nodes, self.costs = env, nodes, costs
 
     def send(self, source: int, target: int, kv_tokens: int, gpus: int) -> simpy.Event:

@@ -59,16 +59,17 @@ class Serving:
     inbox: deque[Rollout] = field(default_factory=deque)
     expected: int = 0
 
-    def deliver(self, rollouts: Iterable[Rollout]) -> None:
+    def deliver(self, rollouts: Sequence[Rollout]) -> None:
         """Hand over responses that were expected here; those redirected meanwhile go on without their KV."""
-        for rollout in rollouts:
-            assert rollout.serving is not None, "a response under way has a destination"
-            if rollout.serving is self:
-                self.expected -= 1
-                self.inbox.append(rollout)
-            else:
-                rollout.kv_tokens = 0
-                rollout.serving.deliver([rollout])
+        here = [rollout for rollout in rollouts if rollout.serving is self]
+        self.expected -= len(here)
+        self.inbox.extend(here)
+        if len(here) < len(rollouts):
+            for rollout in rollouts:
+                assert rollout.serving is not None, "a response under way has a destination"
+                if rollout.serving is not self:
+                    rollout.kv_tokens = 0
+                    rollout.serving.deliver([rollout])
         self.function.poke()
 
 

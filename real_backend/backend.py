@@ -12,7 +12,8 @@ import simpy
 
 from simrl.policies.contract import Estimates, Start
 from simrl.policies.runtime.backend import ClusterBackend
-from simrl.policies.runtime.function import ClusterFunction, Process, Rollout
+from simrl.policies.runtime.function import ClusterFunction, Process
+from simrl.policies.runtime.rollout import Rollout
 from simrl.policies.runtime.steps import StepState, StepWork
 from simrl.policies.runtime.view import View
 from simrl.real_backend.actors import HostPool, Timed, WarmHost

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import simpy
 
 from simrl.policies.contract import Role, Start
-from simrl.policies.runtime.function import ClusterFunction, Process, Rollout, Serving
+from simrl.policies.runtime.function import ClusterFunction, Process, Serving
+from simrl.policies.runtime.rollout import Rollout
 from simrl.real_backend.actors import WarmHost
 from simrl.real_backend.engine import StepReport
 

@@ -8,7 +8,8 @@ import simpy
 
 from simrl.policies.contract import Start
 from simrl.policies.runtime.backend import ClusterBackend
-from simrl.policies.runtime.function import ClusterFunction, Rollout
+from simrl.policies.runtime.function import ClusterFunction
+from simrl.policies.runtime.rollout import Rollout
 from simrl.policies.runtime.steps import StepState, StepWork, deal_to_and_fro, total_tokens
 from simrl.policies.runtime.view import View
 from simrl.simulator.costs import CostModel, DoesNotFit

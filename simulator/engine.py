@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from simrl.policies.runtime.function import Rollout
+from simrl.policies.runtime.rollout import Rollout
 from simrl.traces.iteration import IterationTimes
 
 BLOCK_TOKENS = 16  # vLLM's default block size on CUDA

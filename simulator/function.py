@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import simpy
 
 from simrl.policies.contract import Role
-from simrl.policies.runtime.function import ClusterFunction, Process, Rollout, Serving
+from simrl.policies.runtime.function import ClusterFunction, Process, Serving
+from simrl.policies.runtime.rollout import Rollout
 from simrl.simulator.engine import Engine, Request, Span
 from simrl.traces.streams import stream
 

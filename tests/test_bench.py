@@ -114,3 +114,11 @@ def test_growth_is_told_from_n_log_n(power: float, verdict: str) -> None:
 def test_growth_as_n_log_n_is_not_told_apart_from_it() -> None:
     points = [(n, f * n * math.log(n)) for n in (1_000, 10_000, 100_000) for f in (0.9, 1.0, 1.1)]
     assert bench.exponents(points).count("within noise") == 2
+
+
+def test_the_engine_needs_nothing_that_a_peers_environment_lacks() -> None:
+    """`peer` runs in sched-sim's environment, where only numpy and pydantic are sure to be."""
+    missing = "import sys; sys.modules.update(dict.fromkeys(('simpy', 'pandas', 'scipy', 'typer', 'pyarrow')));"
+    command = [sys.executable, "-c", f"{missing} import simrl.simulator.engine"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-500:]

@@ -42,8 +42,9 @@ from simrl.policies.contract import (
     UnfinishedBelow,
     Wake,
 )
-from simrl.policies.runtime.function import ClusterFunction, Gang, Rollout
+from simrl.policies.runtime.function import ClusterFunction, Gang
 from simrl.policies.runtime.leases import GpuPool
+from simrl.policies.runtime.rollout import Rollout
 from simrl.policies.runtime.steps import StepState, StepWork, balanced_shares, columns_of
 from simrl.policies.runtime.triggers import Triggers, trigger_problem
 from simrl.policies.runtime.view import View

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from simrl.policies.contract import Prompt, Stage, Trigger
-from simrl.policies.runtime.function import Rollout
+from simrl.policies.runtime.rollout import Rollout
 
 Card = TypeVar("Card")
 

@@ -210,7 +210,7 @@ class Engine(Generic[R]):
 
         No completion may lie in between: see `cut`.
         """
-        if self._chunks or span.iterations == 1:
+        if self._chunks or span.iterations <= 1:
             return Span(span.iterations, span.seconds)
         batch = len(self._finishes)
         context = self._context / batch

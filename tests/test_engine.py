@@ -232,6 +232,21 @@ def test_the_boundary_is_the_end_of_the_iteration_that_runs() -> None:
     assert engine.boundary(span, span.seconds) == span
 
 
+def test_a_span_that_is_interrupted_just_when_it_is_over_has_nothing_left() -> None:
+    engine = small_engine()
+    for response_id, target in enumerate((3, 6)):
+        engine.add(Request(response_id, response_id, 10, target))
+    assert engine.plan() is not None
+    engine.advance(1)
+    span = engine.plan(1000)
+    assert span is not None
+    parts = engine.cut(span, span.seconds)
+    assert parts is not None
+    assert [request.response_id for request in engine.advance(parts[0].iterations)] == [0, 1]
+    rest = engine.boundary(parts[1], 0.0)
+    assert (rest.iterations, engine.advance(rest.iterations)) == (0, [])
+
+
 def test_removed_requests_keep_their_tokens_and_their_blocks_until_given_back() -> None:
     engine = small_engine()
     request = Request(0, 0, 20, 50)

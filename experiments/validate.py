@@ -7,6 +7,7 @@ Real runs are repeated, with a fixed probe before and after each, so that drift 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import statistics
@@ -21,6 +22,7 @@ import pandas as pd
 from simrl.experiments.config import Config, ConfigError, load_config
 from simrl.experiments.run import policy_of, work_of
 from simrl.policies.contract import drive
+from simrl.real_backend.profiler import TINY, write_tiny
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.estimates import ProfiledEstimates
 from simrl.simulator.profiled import ProfiledCosts
@@ -29,8 +31,8 @@ from simrl.traces.oracle import Oracle
 from simrl.traces.parameters import Parameters
 from simrl.traces.profile import Profile, load_profile
 from simrl.traces.records import Frames, Recorder
+from simrl.traces.streams import stream
 
-TINY = "tiny"
 ClockName = Literal["virtual", "wall"]
 STAGES: Mapping[str, str] = {
     "generation": "generation", "preparation": "log_probs", "learning": "update", "weight_sync": "weight_sync",
@@ -38,6 +40,7 @@ STAGES: Mapping[str, str] = {
 }  # fmt: skip
 """Stages of a run, and what the rows call them."""
 
+VOCABULARY = 256  # token ids of prompts are below it: any model has so many
 SHORTER = 4  # responses of the validation are so many times shorter than the workload's
 PRESET: Sequence[str] = (
     "job.prompts_per_step=16", "job.responses_per_prompt=4", "job.dataset_prompts=16", "job.mini_batch_prompts=8",
@@ -197,7 +200,10 @@ def run_validation(
     config = load_config(config=config_file, sets=[*preset, *sets], steps=steps, seed=seed, policies=list(policies))
     with tempfile.TemporaryDirectory(prefix="simrl-") as folder:
         measured, path = _profile(profile, device, model, Path(folder), progress)
-        place = model if model != TINY else _tiny(Path(folder) / "model")
+        place = model
+        if model == TINY:
+            place = str(Path(folder) / "model")
+            write_tiny(place)
         return validate(
             config, policies, measured, path, place, gpus=gpus, clock=chosen, repeats=repeats, address=address,
             progress=progress,
@@ -213,12 +219,6 @@ def _profile(
 
     progress("profiling this machine")
     return profile_model(device, model), folder / "measured now"
-
-
-def _tiny(folder: Path) -> Path:
-    from simrl.real_backend.tiny_model import write_tiny_model
-
-    return write_tiny_model(folder, seed=0)
 
 
 def _simulated(config: Config, oracle: Oracle, costs: ProfiledCosts) -> Run:
@@ -237,7 +237,7 @@ def _real(
     recorder = Recorder()
     backend = RealBackend(
         config.job, config.engine, config.cluster.nodes, gpus, work_of(config, oracle), recorder, hosts,
-        Replay(config.seed, vocabulary=256),
+        Replay(config.seed, VOCABULARY),
         lambda real: ProfiledEstimates(costs, real.learner_world() or None, real.typical_context()), clock,
     )  # fmt: skip
     before_s = probe(hosts)
@@ -248,26 +248,20 @@ def _real(
 
 def probe(hosts: Any, repetitions: int = 3) -> list[float]:
     """Seconds of the profile's fixed replay, on an idle engine of the pool."""
-    from simrl.real_backend.engine import Work
-    from simrl.real_backend.profiler import probe_workload
+    from simrl.real_backend.profiler import FIRST_TOKEN, play, probe_workload
 
     host = hosts.take()
-    took = []
-    for repetition in range(repetitions):
-        works = [
-            Work(
-                response_id=i,
-                prompt_token_ids=[3 + (7 * k + i + 31 * repetition) % 200 for k in range(item.prompt_tokens)],
-                forced_tokens=item.response_tokens,
-            )
-            for i, item in enumerate(probe_workload())
-        ]
-        seconds, left = 0.0, len(works)
-        while left:
-            report = hosts.get(host.actor.step.remote(works, 1))[0]
-            works, left = [], left - len(report.finished)
-            seconds += report.seconds
-        took.append(seconds)
+    tokens = stream(0, "probe")
+
+    def step(works: Sequence[Any], iterations: int) -> Any:
+        return hosts.get(host.actor.step.remote(works, iterations))
+
+    def prompt(count: int) -> list[int]:
+        ids: list[int] = tokens.integers(FIRST_TOKEN, VOCABULARY, count).tolist()
+        return ids
+
+    ids, block_tokens = itertools.count(), hosts.engine.block_tokens
+    took = [play(step, probe_workload(), prompt, ids, block_tokens).seconds for _ in range(repetitions)]
     hosts.give_back(host)
     return took
 

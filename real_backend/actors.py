@@ -17,7 +17,7 @@ from typing import Any
 
 from simrl.real_backend.batch import TokenScores, TrainingBatch
 from simrl.real_backend.engine import EngineSettings, StepReport, VllmEngine, Work
-from simrl.real_backend.learner_settings import LearnerSettings, LearnStats
+from simrl.real_backend.learner_settings import LearnerSettings
 
 START_TIMEOUT_S = 900.0  # a large model from a slow disk
 CALL_TIMEOUT_S = 900.0  # an update of a large model
@@ -156,12 +156,8 @@ class LearnerHost:
         return self._timed(lambda: setattr(self, "_rank", self._make(settings)))
 
     def update(self, batch: TrainingBatch, step: int) -> Timed:
-        """Learn a batch; values first, if there is a critic."""
-        return self._timed(lambda: self._update(batch, step))
-
-    def _update(self, batch: TrainingBatch, step: int) -> LearnStats:
-        stats: LearnStats = self._rank.update(batch, step)
-        return stats
+        """Learn a batch; the result is its `LearnStats`."""
+        return self._timed(lambda: self._rank.update(batch, step))
 
     def values(self, batch: TrainingBatch) -> Timed:
         """The critic's values of this rank's share."""
@@ -210,7 +206,8 @@ class HostPool:
         engine: What each engine is made of; `kv_folder` is set here.
         learner: How the learner trains; rank, world and rendezvous are set here.
         cpus_per_host: CPUs that Ray reserves for each host; 0 lets hosts that take turns share a core.
-        address: Of a Ray cluster; None starts one on this machine that listens on loopback only.
+        address: Of a Ray cluster; None starts one on this machine. Ray listens on all interfaces, whatever address it
+            is given, and asks for a token.
     """
 
     def __init__(
@@ -307,12 +304,6 @@ class HostPool:
         except self._ray.exceptions.GetTimeoutError as error:
             raise TimeoutError(f"a call to another process took more than {timeout_s:g} s") from error
 
-    @property
-    def died(self) -> type[Exception]:
-        """What is raised when a process is gone."""
-        error: type[Exception] = self._ray.exceptions.RayActorError
-        return error
-
     def close(self) -> None:
         """End all processes, delete all files."""
         for actor in self._all:
@@ -329,10 +320,5 @@ def _start_ray(address: str | None) -> Any:
         ray.init(address=address, log_to_driver=False)
         return ray
     if not ray.is_initialized():
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            _node_ip_address="127.0.0.1",
-        )
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     return ray

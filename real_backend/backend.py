@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, Protocol
 
 import simpy
 
-from simrl.policies.contract import Estimates, Start
+from simrl.policies.contract import Estimates, Prompt, Start
 from simrl.policies.runtime.backend import ClusterBackend
 from simrl.policies.runtime.function import ClusterFunction, Process
 from simrl.policies.runtime.rollout import Rollout
@@ -39,7 +39,7 @@ class Content(Protocol):
     def prompt(self, step: int, row: int, prompt_id: int | str, tokens: int) -> Sequence[int]:
         """Token ids of a prompt."""
 
-    def work(self, response_id: int, sample: int, prompt: Sequence[int], target_tokens: int) -> Work:
+    def work(self, response_id: int, prompt: Sequence[int], target_tokens: int) -> Work:
         """How to generate a response that has not begun."""
 
     def reward(self, prompt: Sequence[int], response: Sequence[int]) -> float:
@@ -66,7 +66,7 @@ class Replay:
         )
         return drawn
 
-    def work(self, response_id: int, sample: int, prompt: Sequence[int], target_tokens: int) -> Work:
+    def work(self, response_id: int, prompt: Sequence[int], target_tokens: int) -> Work:
         """Sampled tokens, as many as the trace says."""
         return Work(
             response_id=response_id,
@@ -93,12 +93,13 @@ class Sampled:
 
     def __init__(self, task: Task, seed: int, temperature: float = 1.0, stop_token_ids: tuple[int, ...] = ()) -> None:
         self.task, self.seed, self.temperature, self.stop_token_ids = task, seed, temperature, stop_token_ids
+        self._prompts = lru_cache(maxsize=4)(task.prompts)  # asked for a row at a time
 
     def prompt(self, step: int, row: int, prompt_id: int | str, tokens: int) -> Sequence[int]:
         """The task's prompt."""
-        return self.task.prompts(step, self.seed)[row]
+        return self._prompts(step, self.seed)[row]
 
-    def work(self, response_id: int, sample: int, prompt: Sequence[int], target_tokens: int) -> Work:
+    def work(self, response_id: int, prompt: Sequence[int], target_tokens: int) -> Work:
         """Sampled tokens, at most as many as the job allows."""
         return Work(
             response_id=response_id,
@@ -201,16 +202,16 @@ class RealBackend(ClusterBackend):
         """The start of a host: it is over on the wall, and takes what it took on the virtual clock."""
         return self.env.timeout(host.start_s if self._clock_name == "virtual" else 0.0)
 
-    def new_rollouts(self, step: int, group: int, prompt_tokens: int, lengths: Sequence[int]) -> Sequence[Rollout]:
+    def new_rollouts(self, step: int, prompt: Prompt, lengths: Sequence[int]) -> Sequence[Rollout]:
         """Responses of a prompt, whose token ids are made here."""
-        first = step * self.job.responses_per_step
-        row = (group - first) // self.job.responses_per_prompt
-        prompt_id = self._work(step).prompt_ids[row]
-        self._prompts[group] = self.content.prompt(step, row, prompt_id, prompt_tokens)
-        rollouts = [Rollout(group + i, group, prompt_tokens, length, step=step) for i, length in enumerate(lengths)]
-        for rollout in rollouts:
-            self.texts[rollout.response_id] = []
-        return rollouts
+        group = prompt.responses[0]
+        row = group % self.job.responses_per_step // self.job.responses_per_prompt
+        self._prompts[group] = self.content.prompt(step, row, prompt.prompt_id, prompt.tokens)
+        self.texts.update((response_id, []) for response_id in prompt.responses)
+        return [
+            Rollout(response_id, group, prompt.tokens, length, step=step)
+            for response_id, length in zip(prompt.responses, lengths, strict=True)
+        ]
 
     def estimates(self) -> Estimates:
         """What profiling knows."""
@@ -233,9 +234,8 @@ class RealBackend(ClusterBackend):
 
     def work_for(self, rollout: Rollout) -> Work:
         """What an engine is asked to do with a response, from the beginning or from where it is."""
-        sample = rollout.response_id - rollout.group
         prompt, known = self.prompt_ids(rollout), tuple(self.texts[rollout.response_id])
-        work = self.content.work(rollout.response_id, sample, prompt, rollout.target_tokens)
+        work = self.content.work(rollout.response_id, prompt, rollout.target_tokens)
         return replace(work, generated_token_ids=known) if known else work
 
     def completed(self, rollout: Rollout, finished: Finished) -> None:
@@ -253,7 +253,10 @@ class RealBackend(ClusterBackend):
         """Responses as the learner takes them, without scores."""
         prompts = tuple(self.prompt_ids(rollout) for rollout in rollouts)
         texts = tuple(tuple(self.texts[rollout.response_id]) for rollout in rollouts)
-        rewards = tuple(self.content.reward(prompt, text) for prompt, text in zip(prompts, texts, strict=True))
+        for rollout, prompt, text in zip(rollouts, prompts, texts, strict=True):
+            if rollout.response_id not in self._reward_of:  # known, once it was prepared
+                self._reward_of[rollout.response_id] = self.content.reward(prompt, text)
+        rewards = tuple(self._reward_of[rollout.response_id] for rollout in rollouts)
         return TrainingBatch(prompts, texts, rewards, tuple(rollout.group for rollout in rollouts))
 
     def scored(self, rollouts: Sequence[Rollout], scores: TokenScores) -> None:
@@ -285,7 +288,7 @@ class RealBackend(ClusterBackend):
         # Gathering and writing belong to the weight sync, which waits for it.
         self._weights[version], self._export_s[version] = folder, self._busiest(exports)
         for rollout in state.rollouts:
-            self._scores.pop(rollout.response_id, None)
+            del self._scores[rollout.response_id], self._reward_of[rollout.response_id]
 
     def _connect(self, world: int) -> Process:
         self._ranks = self.hosts.learners(world)

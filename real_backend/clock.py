@@ -74,17 +74,13 @@ class WallEnvironment(simpy.Environment):
 
     def step(self) -> None:
         """Wait for the next event, whichever kind it is, and process it."""
-        while True:
+        while self._pending and self.peek() > max(self._now, self.wall_s()):
             due_s = self.peek()
-            rest_s = due_s - self.wall_s()
-            if due_s <= self._now or rest_s <= 0 or not self._pending:
-                if self._pending or due_s == simpy.core.Infinity:
-                    super().step()
-                else:
-                    time.sleep(max(rest_s, 0.0))
-                    super().step()
-                return
-            self._collect(None if due_s == simpy.core.Infinity else rest_s)
+            self._collect(None if due_s == simpy.core.Infinity else max(due_s - self.wall_s(), 0.0))
+        rest_s = self.peek() - self.wall_s()
+        if not self._pending and 0 < rest_s < simpy.core.Infinity:
+            time.sleep(rest_s)
+        super().step()
 
     def _collect(self, timeout_s: float | None) -> None:
         for call in self._wait(list(self._pending), timeout_s):

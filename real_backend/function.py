@@ -27,7 +27,6 @@ class RealFunction(ClusterFunction):
         self._engine_awake = False
         self._arrivals: dict[int, Rollout] = {}  # not on the engine yet
         self._on_engine: dict[int, Rollout] = {}
-        self._kv_used = 0.0
         super().__init__(cluster, decision.function, decision.gpus, decision.roles, decision.node)
 
     def _call(
@@ -112,7 +111,7 @@ class RealFunction(ClusterFunction):
         target.deliver(rollouts)
 
     def iterate(self) -> Process:
-        """One iteration of the engine on the virtual clock, several on the wall's."""
+        """A few iterations of the engine, up to a completion."""
         if not (self._arrivals or self._on_engine):
             return False
         self.generate()
@@ -157,8 +156,7 @@ class RealFunction(ClusterFunction):
         """The KV lies in files already; the target's engine reads it when the response arrives."""
         for group in groups:
             group[0].computed_tokens += group[0].prompt_tokens
-        return
-        yield
+        yield from ()
 
     def prepare_work(self, rollouts: Sequence[Rollout], *, loaded: bool) -> simpy.Event:
         """Rewards, and log-probs under the learner's newest weights."""

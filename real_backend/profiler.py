@@ -20,7 +20,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -214,6 +214,48 @@ class Prefills:
         return attended
 
 
+def play(
+    step: Callable[[Sequence[Work], int], list[StepReport]],
+    workload: Workload,
+    prompt: Callable[[int], list[int]],
+    ids: Iterator[int],
+    block_tokens: int,
+    iterations_per_call: int = 1,
+) -> Played:
+    """Run a workload on an idle engine.
+
+    Args:
+        step: The engine's; see `EngineHost.step`.
+        workload: What arrives when.
+        prompt: Makes token ids, that many; none may be cached.
+        ids: Of responses.
+        block_tokens: Of the engine.
+        iterations_per_call: At most.
+    """
+    prompts = {item.group: prompt(item.prompt_tokens) for item in workload}
+    works = [
+        Work(response_id=next(ids), prompt_token_ids=prompts[item.group], forced_tokens=item.response_tokens)
+        for item in workload
+    ]
+    prefills = Prefills(workload, block_tokens)
+    iterations: list[Iteration] = []
+    added = unfinished = 0
+    started_s = time.perf_counter()
+    while added < len(works) or unfinished:
+        first = added
+        if not unfinished:
+            added += 1
+        while added < len(works) and workload[added].arrives <= len(iterations):
+            added += 1
+        reports: list[StepReport] = step(works[first:added], iterations_per_call)
+        unfinished += added - first - sum(len(report.finished) for report in reports)
+        iterations += [
+            Iteration(r.batch, r.context_tokens, r.prefill_tokens, prefills.attended(r.prefill_tokens), r.seconds)
+            for r in reports
+        ]
+    return Played(tuple(iterations), time.perf_counter() - started_s)
+
+
 # --- The measurements. ---
 
 
@@ -353,28 +395,8 @@ class Profiler:
 
     def _play(self, workload: Workload, iterations_per_call: int) -> Played:
         """Run a workload on an idle engine."""
-        prompts = {item.group: self._prompt(item.prompt_tokens) for item in workload}
-        works = [
-            Work(response_id=next(self._ids), prompt_token_ids=prompts[item.group], forced_tokens=item.response_tokens)
-            for item in workload
-        ]
-        prefills = Prefills(workload, self.settings.block_tokens)
-        iterations: list[Iteration] = []
-        added = unfinished = 0
-        started_s = time.perf_counter()
-        while added < len(works) or unfinished:
-            first = added
-            if not unfinished:
-                added += 1
-            while added < len(works) and workload[added].arrives <= len(iterations):
-                added += 1
-            reports: list[StepReport] = self._on_engine("step", works[first:added], iterations_per_call)
-            unfinished += added - first - sum(len(report.finished) for report in reports)
-            iterations += [
-                Iteration(r.batch, r.context_tokens, r.prefill_tokens, prefills.attended(r.prefill_tokens), r.seconds)
-                for r in reports
-            ]
-        return Played(tuple(iterations), time.perf_counter() - started_s)
+        step = partial(self._on_engine, "step")
+        return play(step, workload, self._prompt, self._ids, self.settings.block_tokens, iterations_per_call)
 
     def _probe(self) -> None:
         """The same work one iteration a call, and many a call."""
@@ -706,12 +728,12 @@ def profile_model(
     """
     if model == TINY:
         with tempfile.TemporaryDirectory(prefix="simrl-") as folder:
-            _write_tiny(folder)
+            write_tiny(folder)
             return _profile_folder(device, folder, TINY, quick, seed, on_progress)
     return _profile_folder(device, model, Path(model).resolve().name, quick, seed, on_progress)
 
 
-def _write_tiny(folder: str) -> None:
+def write_tiny(folder: str) -> None:
     """Write the tiny model in a process of its own: what making it imports is gone afterwards.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import simpy
 
-from simrl.policies.contract import Start
+from simrl.policies.contract import Prompt, Start
 from simrl.policies.runtime.backend import ClusterBackend
 from simrl.policies.runtime.function import ClusterFunction
 from simrl.policies.runtime.rollout import Rollout
@@ -58,11 +58,12 @@ class SimulatedBackend(ClusterBackend):
         """A simulated function."""
         return SimFunction(self, decision.function, decision.gpus, decision.roles, decision.node)
 
-    def new_rollouts(self, step: int, group: int, prompt_tokens: int, lengths: Sequence[int]) -> Sequence[Rollout]:
+    def new_rollouts(self, step: int, prompt: Prompt, lengths: Sequence[int]) -> Sequence[Rollout]:
         """Requests of a known length."""
+        group, tokens = prompt.responses[0], prompt.tokens
         return [
-            Request(response_id, group, prompt_tokens, length, 0, 0, 0, 0, step)
-            for response_id, length in enumerate(lengths, start=group)
+            Request(response_id, group, tokens, length, 0, 0, 0, 0, step)
+            for response_id, length in zip(prompt.responses, lengths, strict=True)
         ]
 
     def estimates(self) -> ProfiledEstimates:

@@ -110,8 +110,7 @@ class SimFunction(ClusterFunction):
             leaving = self.engine.remove(rollouts.keys())
             if leaving:
                 self.sending(self._move(leaving, target, with_kv))
-        return
-        yield  # nothing of this takes time
+        yield from ()  # nothing of this takes time
 
     def _move(self, requests: Sequence[Request], target: Serving, with_kv: bool) -> Process:
         """Move responses out of the engine to *target*; their blocks are free once the KV has left."""

@@ -162,8 +162,8 @@ def test_real_and_simulated_functions_are_told_apart_by_nothing_in_the_frames(ho
 class Greedy(Replay):
     """Replay that decodes greedily: a response's tokens depend on its prompt and the weights alone."""
 
-    def work(self, response_id: int, sample: int, prompt: Sequence[int], target_tokens: int) -> Work:
-        sampled = super().work(response_id, sample, prompt, target_tokens)
+    def work(self, response_id: int, prompt: Sequence[int], target_tokens: int) -> Work:
+        sampled = super().work(response_id, prompt, target_tokens)
         return replace(sampled, temperature=0.0)
 
 

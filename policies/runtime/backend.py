@@ -97,8 +97,8 @@ class ClusterBackend(ABC):
         """A function that asks for its GPUs."""
 
     @abstractmethod
-    def new_rollouts(self, step: int, group: int, prompt_tokens: int, lengths: Sequence[int]) -> Sequence[Rollout]:
-        """The responses of a prompt; the first has the id *group*."""
+    def new_rollouts(self, step: int, prompt: Prompt, lengths: Sequence[int]) -> Sequence[Rollout]:
+        """The responses of a prompt; the id of the first is their group."""
 
     @abstractmethod
     def estimates(self) -> Estimates:
@@ -248,7 +248,7 @@ class ClusterBackend(ABC):
             groups, work.prompt_ids, work.prompt_tokens, work.response_tokens, strict=True
         ):
             prompts.append(Prompt(prompt_id, tokens, tuple(range(group, group + samples))))
-            rollouts += self.new_rollouts(step, group, tokens, lengths)
+            rollouts += self.new_rollouts(step, prompts[-1], lengths)
         total = len(rollouts)
         state = StepState(step, work, tuple(prompts), rollouts, self.env.now, total, total)
         self.steps[step] = state

@@ -125,10 +125,12 @@ def of_validation(validation: Validation, directory: Path | None) -> RenderableT
         "real and simulated: means over steps, of the median of the repeats; error: median over steps of"
         " |simulated / real - 1|; normalised: by a probe that tells how slow the machine was; gpu_s: GPU-seconds"
     ]
-    for stage, ranking in validation.ranking().items():
-        real, simulated = (" < ".join(ranking[kind]) for kind in ("real", "simulated"))
-        verdict = "the same" if real == simulated else f"simulated: {simulated}"
-        notes.append(f"{stage}: {real} as measured; {verdict}")
+    for pair in validation.pairs():
+        verdict = "the same order" if pair["agree"] else "the other order"
+        notes.append(
+            f"{pair['stage']} after the first step: {pair['more']} takes {pair['real_ratio']:.2f} times {pair['less']}"
+            f" for real, {pair['simulated_ratio']:.2f} times simulated: {verdict}"
+        )
     if directory is not None:
         notes.append(f"written to {directory}")
     return Group(table, *(Text(note, overflow="fold") for note in notes))

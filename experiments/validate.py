@@ -6,14 +6,13 @@ Real runs are repeated, with a fixed probe before and after each, so that drift 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,12 @@ import pandas as pd
 from simrl.experiments.config import Config, ConfigError, load_config
 from simrl.experiments.run import policy_of, work_of
 from simrl.policies.contract import drive
-from simrl.real_backend.profiler import TINY, write_tiny
+from simrl.real_backend.actors import HostPool
+from simrl.real_backend.backend import ClockName, RealBackend, Replay
+from simrl.real_backend.engine import EngineSettings
+from simrl.real_backend.learner_settings import LearnerSettings
+from simrl.real_backend.profiler import TINY, check_real, default_clock, default_settings, measure, write_tiny
+from simrl.real_backend.replays import Player, mean_s
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.estimates import ProfiledEstimates
 from simrl.simulator.profiled import ProfiledCosts
@@ -31,20 +35,20 @@ from simrl.traces.oracle import Oracle
 from simrl.traces.parameters import Parameters
 from simrl.traces.profile import Profile, load_profile
 from simrl.traces.records import Frames, Recorder
-from simrl.traces.streams import stream
 
-ClockName = Literal["virtual", "wall"]
 STAGES: Mapping[str, str] = {
     "generation": "generation", "preparation": "log_probs", "learning": "update", "weight_sync": "weight_sync",
     "step": "step",
 }  # fmt: skip
 """Stages of a run, and what the rows call them."""
 
+RANKED = ("step", "gpu_s")  # what policies are ranked by
+
 VOCABULARY = 256  # token ids of prompts are below it: any model has so many
-SHORTER = 4  # responses of the validation are so many times shorter than the workload's
+SHORTER = 2  # responses of the validation are so many times shorter than the workload's
 PRESET: Sequence[str] = (
-    "job.prompts_per_step=16", "job.responses_per_prompt=4", "job.dataset_prompts=16", "job.mini_batch_prompts=8",
-    "job.steps=4", "job.max_prompt_tokens=96", "job.max_response_tokens=256", "engine.tensor_parallel=1",
+    "job.prompts_per_step=12", "job.responses_per_prompt=4", "job.dataset_prompts=12", "job.mini_batch_prompts=6",
+    "job.steps=4", "job.max_prompt_tokens=96", "job.max_response_tokens=384", "engine.tensor_parallel=1",
     "engine.max_num_seqs=32", "engine.max_num_batched_tokens=2048", "cluster.nodes=1",
 )  # fmt: skip
 """A job that a tiny model does on a CPU within seconds; every step is an epoch, so that policies see history soon."""
@@ -81,32 +85,46 @@ class Validation:
         column = "relative_error_normalised" if normalised else "relative_error"
         return self.rows.assign(error=self.rows[column].abs()).groupby([*by, "stage"])["error"].median()
 
-    def ranking(self) -> dict[str, dict[str, list[str]]]:
-        """Policies from fastest (cheapest) to slowest, as measured and as simulated, by stage."""
-        totals = self.rows.groupby(["stage", "policy"])[["real_s", "simulated_s"]].sum()
-        return {
-            stage: {kind: list(totals.loc[stage][f"{kind}_s"].sort_values().index) for kind in ("real", "simulated")}
-            for stage in ("step", "gpu_s")
-        }
+    def pairs(self) -> list[dict[str, Any]]:
+        """Each two policies by step time and GPU-seconds, after the first step, which is mostly cold starts.
+
+        `more` has the larger total in reality; the ratios are its totals over the other's, measured and simulated.
+        """
+        later = self.rows[self.rows["step"] > 0]
+        rows = later if len(later) else self.rows
+        found = []
+        for stage in RANKED:
+            totals = rows[rows["stage"] == stage].groupby("policy", sort=False)[["real_s", "simulated_s"]].sum()
+            for (less, small), (more, large) in itertools.combinations(totals.sort_values("real_s").iterrows(), 2):
+                real, simulated = large["real_s"] / small["real_s"], large["simulated_s"] / small["simulated_s"]
+                found.append({
+                    "stage": stage, "less": less, "more": more, "real_ratio": real, "simulated_ratio": simulated,
+                    "agree": bool(simulated > 1),
+                })  # fmt: skip
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         normalised = self.median_abs_error(normalised=True)
         by_policy = self.median_abs_error("policy")
+        by_policy_normalised = self.median_abs_error("policy", normalised=True)
+        names, real = self.rows["policy"].unique(), [run for run in self.runs if run.kind == "real"]
         return {
             "rows": self.rows.to_dict("records"),
             "median_abs_error": self.median_abs_error().to_dict(),
             "median_abs_error_normalised": normalised.to_dict(),
-            "median_abs_error_by_policy": {p: by_policy[p].to_dict() for p in self.rows["policy"].unique()},
+            "median_abs_error_by_policy": {p: by_policy[p].to_dict() for p in names},
+            "median_abs_error_by_policy_normalised": {p: by_policy_normalised[p].to_dict() for p in names},
             "repeat_spread": self.repeat_spread.to_dict("records"),
-            "ranking": self.ranking(),
+            "pairs": self.pairs(),
+            "slowness": [{"policy": r.policy, "repeat": r.repeat, "slowness": r.slowness} for r in real],
         }
 
 
 def short_responses(name: str) -> LengthModel:
     """The workload of that name with responses, prompts and template shortened, so that a tiny model can replay it."""
     lengths = load_workload(name)
-    return dataclasses.replace(
+    return replace(
         lengths,
         mu=lengths.mu - math.log(SHORTER),
         template_tokens=lengths.template_tokens // SHORTER,
@@ -115,17 +133,31 @@ def short_responses(name: str) -> LengthModel:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What the policies run on, simulated and for real.
+
+    Attributes:
+        hosts: Processes with engines and learners of the profiled model.
+        profile: Of this machine.
+        profile_path: Where it is from.
+        gpus: Of each node; on the virtual clock as many logical ones as are asked for.
+        clock: See `simrl.real_backend.clock`.
+    """
+
+    hosts: HostPool
+    profile: Profile
+    profile_path: Path
+    gpus: int
+    clock: ClockName
+
+
 def validate(
     config: Config,
     policies: Sequence[str],
-    profile: Profile,
-    profile_path: str | Path,
-    model_folder: str | Path,
+    site: Site,
     *,
-    gpus: int = 8,
-    clock: ClockName = "virtual",
     repeats: int = 2,
-    address: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Validation:
     """Run each policy for real, *repeats* times in turns, and simulated.
@@ -133,31 +165,22 @@ def validate(
     Args:
         config: Job, engine and seed; on CPUs based on `PRESET`.
         policies: Names or import strings.
-        profile: The machine's.
-        profile_path: Where it is from.
-        model_folder: What is run; the profiled model.
-        gpus: Of each node; on the virtual clock as many logical ones as are asked for.
-        clock: See `simrl.real_backend.clock`.
+        site: Where.
         repeats: Of each policy's real run.
-        address: Of a Ray cluster.
         progress: Told what is done.
     """
-    from simrl.real_backend.actors import HostPool
-
-    job = config.job
-    lengths = short_responses(job.workload) if profile.model.name == TINY else load_workload(job.workload)
+    job, tiny = config.job, site.profile.model.name == TINY
+    lengths = short_responses(job.workload) if tiny else load_workload(job.workload)
     oracle = Oracle(lengths, config.seed, job.dataset_prompts, job.responses_per_prompt, job.max_response_tokens)
     costs = ProfiledCosts(
-        job, config.engine, profile, nodes=config.cluster.nodes, gpus_per_node=gpus, parameters=Parameters({}),
-        path=profile_path, clock=clock,
+        job, config.engine, site.profile, nodes=config.cluster.nodes, gpus_per_node=site.gpus,
+        parameters=Parameters({}), path=site.profile_path, clock=site.clock,
     )  # fmt: skip
     runs = [_simulated(config.with_policy(name), oracle, costs) for name in policies]
-    engine, learner = _settings(profile, config, str(model_folder))
-    with HostPool(engine, learner, cpus_per_host=0 if clock == "virtual" else 1, address=address) as hosts:
-        for repeat in range(repeats):
-            for name in policies:
-                progress(f"{name}, real run {repeat + 1} of {repeats}")
-                runs.append(_real(config.with_policy(name), oracle, costs, hosts, clock, gpus, profile, repeat))
+    for repeat in range(repeats):
+        for name in policies:
+            progress(f"{name}, real run {repeat + 1} of {repeats}")
+            runs.append(_real(config.with_policy(name), oracle, costs, site, repeat))
     return compare_runs(runs)
 
 
@@ -183,13 +206,13 @@ def run_validation(
         ConfigError: an option is not one of those allowed, or the configuration is impossible.
         ProfileError: the profile cannot be read, or there is no such model.
     """
-    for name, value, allowed in (("device", device, ("cpu", "cuda")), ("clock", clock, (None, "virtual", "wall"))):
-        if value not in allowed:
-            raise ConfigError(f"--{name} {value}: allowed are {', '.join(filter(None, allowed))}")
+    check_real(device, model)
+    if clock not in (None, "virtual", "wall"):
+        raise ConfigError(f"--clock {clock}: allowed are virtual, wall")
     for name, number in (("gpus", gpus), ("repeats", repeats)):
         if number < 1:
             raise ConfigError(f"--{name} {number}: at least 1")
-    chosen: Any = clock or ("virtual" if device == "cpu" else "wall")
+    chosen: Any = clock or default_clock(device)
     cores = len(os.sched_getaffinity(0))
     if device == "cpu" and chosen == "wall" and gpus > cores:
         raise ConfigError(
@@ -198,27 +221,18 @@ def run_validation(
         )
     preset = PRESET if device == "cpu" else ()
     config = load_config(config=config_file, sets=[*preset, *sets], steps=steps, seed=seed, policies=list(policies))
+    measured = load_profile(profile) if profile is not None else None
     with tempfile.TemporaryDirectory(prefix="simrl-") as folder:
-        measured, path = _profile(profile, device, model, Path(folder), progress)
-        place = model
+        name, place = (TINY, folder) if model == TINY else (Path(model).resolve().name, model)
         if model == TINY:
-            place = str(Path(folder) / "model")
-            write_tiny(place)
-        return validate(
-            config, policies, measured, path, place, gpus=gpus, clock=chosen, repeats=repeats, address=address,
-            progress=progress,
-        )  # fmt: skip
-
-
-def _profile(
-    path: Path | None, device: Any, model: str, folder: Path, progress: Callable[[str], None]
-) -> tuple[Profile, Path]:
-    if path is not None:
-        return load_profile(path), path
-    from simrl.real_backend.profiler import profile_model
-
-    progress("profiling this machine")
-    return profile_model(device, model), folder / "measured now"
+            write_tiny(folder)
+        engine, learner = _settings(device, place, measured, config)
+        with HostPool(engine, learner, cpus_per_host=int(chosen == "wall"), address=address) as hosts:
+            if measured is None:
+                progress("profiling this machine")
+                measured = measure(hosts, name, chosen, gpus)
+            site = Site(hosts, measured, profile or Path("measured now"), gpus, chosen)
+            return validate(config, policies, site, repeats=repeats, progress=progress)
 
 
 def _simulated(config: Config, oracle: Oracle, costs: ProfiledCosts) -> Run:
@@ -228,63 +242,50 @@ def _simulated(config: Config, oracle: Oracle, costs: ProfiledCosts) -> Run:
     return Run(config.policy, "simulated", recorder.frames())
 
 
-def _real(
-    config: Config, oracle: Oracle, costs: ProfiledCosts, hosts: Any, clock: ClockName, gpus: int, profile: Profile,
-    repeat: int,
-) -> Run:  # fmt: skip
-    from simrl.real_backend.backend import RealBackend, Replay
-
-    recorder = Recorder()
+def _real(config: Config, oracle: Oracle, costs: ProfiledCosts, site: Site, repeat: int) -> Run:
+    recorder, nodes = Recorder(), config.cluster.nodes
     backend = RealBackend(
-        config.job, config.engine, config.cluster.nodes, gpus, work_of(config, oracle), recorder, hosts,
+        config.job, config.engine, nodes, site.gpus, work_of(config, oracle), recorder, site.hosts,
         Replay(config.seed, VOCABULARY),
-        lambda real: ProfiledEstimates(costs, real.learner_world() or None, real.typical_context()), clock,
+        lambda real: ProfiledEstimates(costs, real.learner_world() or None, real.typical_context()), site.clock,
     )  # fmt: skip
-    before_s = probe(hosts)
+    before_s = probe(site)
     drive(backend, policy_of(config, oracle))
-    slow = statistics.median([*before_s, *probe(hosts)]) / statistics.median(p.seconds for p in profile.probe_s)
-    return Run(config.policy, "real", recorder.frames(), slow, repeat)
+    typical_s = statistics.median(point.seconds for point in site.profile.probe_s)
+    slowness = statistics.fmean([before_s, probe(site)]) / typical_s
+    return Run(config.policy, "real", recorder.frames(), slowness, repeat)
 
 
-def probe(hosts: Any, repetitions: int = 3) -> list[float]:
-    """Seconds of the profile's fixed replay, on an idle engine of the pool."""
-    from simrl.real_backend.profiler import FIRST_TOKEN, play, probe_workload
-
-    host = hosts.take()
-    tokens = stream(0, "probe")
-
-    def step(works: Sequence[Any], iterations: int) -> Any:
-        return hosts.get(host.actor.step.remote(works, iterations))
-
-    def prompt(count: int) -> list[int]:
-        ids: list[int] = tokens.integers(FIRST_TOKEN, VOCABULARY, count).tolist()
-        return ids
-
-    ids, block_tokens = itertools.count(), hosts.engine.block_tokens
-    took = [play(step, probe_workload(), prompt, ids, block_tokens).seconds for _ in range(repetitions)]
-    hosts.give_back(host)
-    return took
+def probe(site: Site) -> float:
+    """Seconds of the profile's fixed replay, now, on as many engines in turn."""
+    site.hosts.new_run()  # all hosts are idle
+    hosts = [site.hosts.take() for _ in range(min(site.profile.engines, site.gpus))]
+    seconds = mean_s(Player(site.hosts, 0).probe([host.actor for host in hosts], site.clock))
+    site.hosts.new_run()
+    return seconds
 
 
-def _settings(profile: Profile, config: Config, folder: str) -> tuple[Any, Any]:
-    """The profiled engine, and a learner of the same model."""
-    from simrl.real_backend.engine import EngineSettings
-    from simrl.real_backend.learner_settings import LearnerSettings
-
-    measured, wanted = profile.engine, config.engine
-    dtype: Any = profile.model.dtype
-    engine = EngineSettings(
-        model=folder, device=profile.device, dtype=dtype, max_num_seqs=wanted.max_num_seqs or measured.max_num_seqs,
-        max_num_batched_tokens=wanted.max_num_batched_tokens or measured.max_num_batched_tokens,
-        max_model_len=measured.max_model_len, num_kv_blocks=measured.kv_blocks + 1, block_tokens=measured.block_tokens,
-        enforce_eager=measured.enforce_eager, prefix_caching=config.engine.prefix_caching,
-        tensor_parallel=measured.tensor_parallel, threads=measured.threads,
+def _settings(
+    device: Any, folder: str, profile: Profile | None, config: Config
+) -> tuple[EngineSettings, LearnerSettings]:
+    """The profiled engine, or the one that will be, within the limits asked for; and a learner of the same model."""
+    engine, learner = default_settings(device, folder)
+    if profile is not None:
+        measured = profile.engine
+        engine = replace(
+            engine, dtype=profile.model.dtype, max_num_seqs=measured.max_num_seqs,
+            max_num_batched_tokens=measured.max_num_batched_tokens, max_model_len=measured.max_model_len,
+            num_kv_blocks=measured.kv_blocks + 1, block_tokens=measured.block_tokens,
+            enforce_eager=measured.enforce_eager, tensor_parallel=measured.tensor_parallel, threads=measured.threads,
+        )  # fmt: skip
+        learner = replace(learner, micro_batch_tokens=profile.micro_batch_tokens)
+    wanted = config.engine
+    engine = replace(
+        engine, max_num_seqs=wanted.max_num_seqs or engine.max_num_seqs, prefix_caching=wanted.prefix_caching,
+        max_num_batched_tokens=wanted.max_num_batched_tokens or engine.max_num_batched_tokens,
     )  # fmt: skip
-    learner = LearnerSettings(
-        folder, 0, 1, "", device=profile.device, dtype=dtype, micro_batch_tokens=profile.micro_batch_tokens,
-        mini_batch_prompts=config.job.mini_batch_prompts,
-    )  # fmt: skip
-    return engine, learner
+    dtype: Any = engine.dtype
+    return engine, replace(learner, dtype=dtype, mini_batch_prompts=config.job.mini_batch_prompts)
 
 
 # --- comparing ---

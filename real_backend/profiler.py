@@ -3,7 +3,7 @@
 Measured are the processes of the real backend, through the calls that it makes itself. The order of the measurements is
 drawn from the seed, and a fixed probe comes between them, so that what the host does meanwhile falls on all of them
 alike and can be seen. Iterations are measured in the working regime: replays of random workloads whose batches shrink
-and refill.
+and refill, on engines that take turns as they do in a run on the same clock.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import math
-import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -30,14 +30,24 @@ from typing import Any, Literal
 import numpy as np
 
 from simrl.real_backend.actors import HostPool, Timed
+from simrl.real_backend.backend import ITERATIONS_PER_CALL, ClockName
 from simrl.real_backend.batch import TokenScores, TrainingBatch, micro_batches
-from simrl.real_backend.engine import CPU_BLOCK_TOKENS, EngineSettings, StepReport, Work
+from simrl.real_backend.engine import CPU_BLOCK_TOKENS, EngineSettings, Work
 from simrl.real_backend.learner_settings import LearnerSettings, LearnStats
+from simrl.real_backend.replays import (
+    FIRST_TOKEN,
+    PROMPT_TOKENS,
+    Played,
+    Player,
+    Workload,
+    draw_length,
+    draw_workload,
+    mean_s,
+)
 from simrl.traces.iteration import IterationTimes
 from simrl.traces.profile import (
     ColdStart,
     FitError,
-    Iteration,
     Iterations,
     KVMoves,
     Learner,
@@ -61,10 +71,6 @@ from simrl.traces.streams import stream
 
 TINY = "tiny"
 DEVICES = ("cpu", "cuda")
-FIRST_TOKEN = 3  # ids below are left to special tokens
-PROMPT_TOKENS = (8, 256)
-MAX_RESPONSE_TOKENS = 200
-ITERATIONS_PER_CALL = 16  # in the loop regime, as the real backend does on the wall clock
 EMPTY_CALLS = 100
 MODEL_TIMEOUT_S = 300.0
 
@@ -78,213 +84,30 @@ class Extent:
     """How much is measured: repetitions of each kind.
 
     Attributes:
-        fitted_replays: Workloads that the tables are fitted to.
-        held_out_replays: Others that they are held against.
+        fitted_rounds: Rounds of replays, one workload an engine, that the tables are fitted to.
+        held_out_rounds: Others that they are held against.
         moves: KV moves and prefix hits, of each length.
         parks: Parks and wakes.
         syncs: Weight syncs after each round of batches.
-        cold_starts: Of an engine.
-        worlds: Numbers of learner ranks.
         batches: Rounds of batches, for each learner and each way of cutting them.
-        groups: Sizes of a round's batches.
+        groups: Sizes of a round's batches, of a learner of up to two ranks; more ranks get more.
     """
 
-    fitted_replays: int = 18
-    held_out_replays: int = 9
+    fitted_rounds: int = 4
+    held_out_rounds: int = 2
     moves: int = 4
-    parks: int = 5
-    syncs: int = 2
-    cold_starts: int = 2
-    worlds: tuple[int, ...] = (1, 2)
-    batches: int = 2
-    groups: tuple[int, ...] = (1, 4, 8, 16)
+    parks: int = 8
+    syncs: int = 3
+    batches: int = 1
+    groups: tuple[int, ...] = (1, 2, 4, 6)
 
 
-QUICK = Extent(
-    fitted_replays=5,
-    held_out_replays=2,
-    moves=2,
-    parks=2,
-    syncs=1,
-    cold_starts=1,
-    worlds=(1,),
-    batches=1,
-    groups=(1, 6),
-)
+QUICK = Extent(fitted_rounds=3, held_out_rounds=1, moves=2, parks=2, syncs=1, batches=1, groups=(1, 6))
+ENGINES = 4  # that take turns on one core; with more, caches are no colder
 CUTS = ((4096, 4), (1024, 2))  # tokens of a micro-batch and prompts of an optimizer step, to tell what each takes
 
 
-# --- Workloads. ---
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A response of a workload.
-
-    Attributes:
-        group: Responses of one group have the same prompt and come one after the other.
-        prompt_tokens: Its length.
-        response_tokens: Length that it is made to have.
-        arrives: Iterations before it is added; earlier, if the engine runs out of work.
-    """
-
-    group: int
-    prompt_tokens: int
-    response_tokens: int
-    arrives: int = 0
-
-
-Workload = tuple[Item, ...]
-
-
-def draw_workload(rng: np.random.Generator, kind: Literal["burst", "stream"]) -> Workload:
-    """Mixed lengths: prompts of 8 to 256 tokens, responses of 1 to 200, mostly short with a long tail.
-
-    A burst arrives at once and its batch shrinks; a stream arrives in small lots over its whole length. Some workloads
-    have only short prompts and some only long ones: else the context would be much the same in all batches of a size.
-    """
-    shortest, longest = (PROMPT_TOKENS, (8, 48), (192, 256))[rng.integers(3)]
-    group_size = int(rng.choice([1, 1, 4]))
-    groups = int(rng.integers(6, 49)) // group_size + 1
-    arrives = np.zeros(groups) if kind == "burst" else np.sort(rng.integers(0, 160, groups))
-    items = []
-    for group in range(groups):
-        prompt_tokens = int(rng.integers(shortest, longest + 1))
-        items += [Item(group, prompt_tokens, draw_length(rng), int(arrives[group])) for _ in range(group_size)]
-    return tuple(items)
-
-
-def draw_length(rng: np.random.Generator) -> int:
-    """Tokens of a response."""
-    return int(np.clip(rng.lognormal(math.log(60), 0.9), 1, MAX_RESPONSE_TOKENS))
-
-
-def probe_workload() -> Workload:
-    """The fixed one: 16 responses of 4 to 64 tokens."""
-    return tuple(Item(i, 32, 4 * (i + 1)) for i in range(16))
-
-
-# --- Iterations as they were. ---
-
-
-@dataclass(frozen=True, slots=True)
-class Played:
-    """A workload that was run: its iterations, and the wall time of all calls."""
-
-    iterations: tuple[Iteration, ...]
-    wall_s: float
-
-    @property
-    def seconds(self) -> float:
-        """Of the iterations alone."""
-        return sum(iteration.seconds for iteration in self.iterations)
-
-
-class Prefills:
-    """Tells which tokens an iteration prefilled: first come, first served, a group's later members hit whole blocks.
-
-    True as long as nothing is preempted.
-    """
-
-    def __init__(self, workload: Workload, block_tokens: int) -> None:
-        self._spans: list[list[int]] = []  # computed or cached so far, prompt tokens; in the order of arrival
-        seen: set[int] = set()
-        for item in workload:
-            cached = (item.prompt_tokens - 1) // block_tokens * block_tokens if item.group in seen else 0
-            seen.add(item.group)
-            self._spans.append([cached, item.prompt_tokens])
-
-    def attended(self, tokens: int) -> float:
-        """Tokens that the next *tokens* prompt tokens attend to, in sum.
-
-        Raises:
-            ValueError: so many are not left.
-        """
-        attended = 0.0
-        while tokens:
-            if not self._spans:
-                raise ValueError(f"{tokens} tokens were prefilled that nobody waits for")
-            done, end = self._spans[0]
-            chunk = min(tokens, end - done)
-            attended += chunk * (done + chunk / 2)
-            tokens -= chunk
-            self._spans[0][0] += chunk
-            if done + chunk == end:
-                del self._spans[0]
-        return attended
-
-
-def play(
-    step: Callable[[Sequence[Work], int], list[StepReport]],
-    workload: Workload,
-    prompt: Callable[[int], list[int]],
-    ids: Iterator[int],
-    block_tokens: int,
-    iterations_per_call: int = 1,
-) -> Played:
-    """Run a workload on an idle engine.
-
-    Args:
-        step: The engine's; see `EngineHost.step`.
-        workload: What arrives when.
-        prompt: Makes token ids, that many; none may be cached.
-        ids: Of responses.
-        block_tokens: Of the engine.
-        iterations_per_call: At most.
-    """
-    prompts = {item.group: prompt(item.prompt_tokens) for item in workload}
-    works = [
-        Work(response_id=next(ids), prompt_token_ids=prompts[item.group], forced_tokens=item.response_tokens)
-        for item in workload
-    ]
-    prefills = Prefills(workload, block_tokens)
-    iterations: list[Iteration] = []
-    added = unfinished = 0
-    started_s = time.perf_counter()
-    while added < len(works) or unfinished:
-        first = added
-        if not unfinished:
-            added += 1
-        while added < len(works) and workload[added].arrives <= len(iterations):
-            added += 1
-        reports: list[StepReport] = step(works[first:added], iterations_per_call)
-        unfinished += added - first - sum(len(report.finished) for report in reports)
-        iterations += [
-            Iteration(r.batch, r.context_tokens, r.prefill_tokens, prefills.attended(r.prefill_tokens), r.seconds)
-            for r in reports
-        ]
-    return Played(tuple(iterations), time.perf_counter() - started_s)
-
-
 # --- The measurements. ---
-
-
-def measure(
-    engine: EngineSettings,
-    learner: LearnerSettings,
-    *,
-    model_name: str,
-    extent: Extent = Extent(),
-    quick: bool = False,
-    seed: int = 0,
-    on_progress: Callable[[int], None] | None = None,
-) -> Profile:
-    """Profile an engine and learners with these settings, as hosts of the real backend.
-
-    Args:
-        engine: Its KV folder is chosen here.
-        learner: Rank, world, rendezvous and the cut of batches are chosen here.
-        model_name: How the profile calls the model.
-        extent: How much is measured.
-        quick: Noted in the profile.
-        seed: Of workloads and order.
-        on_progress: Called with percent.
-
-    Raises:
-        ProfilingFailed: KV that was saved could not be loaded.
-    """
-    with HostPool(engine, replace(learner, kl_coefficient=0.0)) as hosts:
-        return Profiler(hosts, model_name, extent, seed).run(quick, on_progress)
 
 
 @dataclass(slots=True)
@@ -300,15 +123,17 @@ class Ranks:
 class Profiler:
     """One profile in the making: the hosts, and what was measured on them so far."""
 
-    def __init__(self, hosts: HostPool, model_name: str, extent: Extent, seed: int) -> None:
-        self.hosts, self.model_name, self.extent, self.seed = hosts, model_name, extent, seed
-        self.settings, self.learner_settings = hosts.engine, hosts.learner
-        self.vocabulary = _vocabulary(hosts.engine.model)
+    def __init__(
+        self, hosts: HostPool, model_name: str, clock: ClockName, engines: int, ranks: int, extent: Extent, seed: int
+    ) -> None:
+        self.hosts, self.model_name, self.clock, self.extent, self.seed = hosts, model_name, clock, extent, seed
+        self.settings, self.learner_settings = hosts.engine, replace(hosts.learner, kl_coefficient=0.0)
+        self.player = Player(hosts, seed)
         self.began_s = time.perf_counter()
         self.engine_starts: list[dict[str, float]] = []
         self.replays: list[tuple[bool, float, Workload, Played]] = []  # held out, at_s, workload, what it took
         self.probes: list[ProbePoint] = []
-        self.loop_factors: list[float] = []
+        self.other_clock: list[float] = []
         self.between_s: list[float] = []
         self.hits: dict[int, list[tuple[float, float]]] = {}
         self.saves: list[tuple[int, float]] = []
@@ -319,63 +144,63 @@ class Profiler:
         self.paddings: list[float] = []
         self.load_weights_s: list[float] = []
         self.load_scorer_s: list[float] = []
-        self.learners = [Ranks(world) for world in extent.worlds]
-        self._ids = itertools.count()
-        self._tokens = stream(seed, "tokens")
+        self.learners = [Ranks(world) for world in sorted({1, ranks})]
+        self._num_engines = engines
+        self._turn = 0
 
     def run(self, quick: bool, on_progress: Callable[[int], None] | None) -> Profile:
-        """Measure everything."""
+        """Measure everything; the pool's hosts are idle again afterwards."""
         self.run_folder = self.hosts.new_run()
-        self.engine = self._start_engine()
+        self.engines = [self._take_engine() for _ in range(self._num_engines)]
         self.call_s = self._empty_call_s()
-        self.start_scorer_s: float = self._on_engine("load_scorer", self.settings.model, 0)
+        self.start_scorer_s = max(self._on_all("load_scorer", self.settings.model, 0))
         self._warm_up()
         tasks = self._tasks()
         for done, task in enumerate(tasks):
             if on_progress is not None:
                 on_progress(100 * done // len(tasks))
+            self._turn += 1
             task()
         self._probe()
-        return self._profile(quick)
+        profile = self._profile(quick)
+        self.hosts.new_run()
+        return profile
 
     def _tasks(self) -> list[Callable[[], None]]:
         """All measurements in a drawn order, a probe before every third."""
         extent = self.extent
         tasks: list[Callable[[], None]] = [
-            partial(self._replay, index, held_out=index >= extent.fitted_replays)
-            for index in range(extent.fitted_replays + extent.held_out_replays)
+            partial(self._replay, index, held_out=index >= extent.fitted_rounds)
+            for index in range(extent.fitted_rounds + extent.held_out_rounds)
         ]
         for tokens, index in itertools.product((64, 128, 256), range(extent.moves)):
             tasks += [partial(self._move_kv, tokens), partial(self._hit_prefixes, tokens, index)]
         rounds = itertools.product(self.learners, CUTS, range(extent.batches))
         tasks += [partial(self._learn_round, ranks, *cut, index) for ranks, cut, index in rounds]
         tasks += [self._park_and_wake] * extent.parks
-        tasks += [self._start_another_engine] * (extent.cold_starts - 1)
         order = stream(self.seed, "order").permutation(len(tasks))
         shuffled = [tasks[index] for index in order]
-        return [task for i, each in enumerate(shuffled) for task in ([self._probe, each] if i % 3 == 0 else [each])]
+        return [task for i, each in enumerate(shuffled) for task in ([self._probe, each] if i % 4 == 0 else [each])]
 
     def _now_s(self) -> float:
         return time.perf_counter() - self.began_s
 
     def _on_engine(self, method: str, *arguments: Any) -> Any:
-        return self.hosts.get(getattr(self.engine, method).remote(*arguments))
+        """On the engine whose turn it is in this measurement."""
+        actor = self.engines[self._turn % len(self.engines)]
+        return self.hosts.get(getattr(actor, method).remote(*arguments))
 
-    def _prompt(self, tokens: int) -> list[int]:
-        """Always another one, so that none is found cached."""
-        ids: list[int] = self._tokens.integers(FIRST_TOKEN, self.vocabulary, tokens).tolist()
-        return ids
+    def _on_all(self, method: str, *arguments: Any) -> list[Any]:
+        """One engine after the other, as the virtual clock does it."""
+        return [self.hosts.get(getattr(actor, method).remote(*arguments)) for actor in self.engines]
 
     # --- engine ---
 
-    def _start_engine(self) -> Any:
+    def _take_engine(self) -> Any:
         host = self.hosts.take()
         phases = dict(self.hosts.get(host.actor.ready.remote()))
         self.engine_starts.append({"process_s": host.start_s - sum(phases.values()), **phases})
         return host.actor
-
-    def _start_another_engine(self) -> None:
-        self.hosts.get(self._start_engine().close.remote())
 
     def _empty_call_s(self) -> float:
         seconds = []
@@ -387,37 +212,43 @@ class Profiler:
 
     def _warm_up(self) -> None:
         """What comes first is slow; it is not kept."""
-        self._play(probe_workload(), 1)
-        self._play(probe_workload(), ITERATIONS_PER_CALL)
-        self._score(draw_batch(stream(self.seed, "warm-up"), 1, self.vocabulary))
+        self.player.probe(self.engines, "virtual")
+        for _ in self.engines:
+            self._turn += 1
+            self._score(draw_batch(stream(self.seed, "warm-up"), 1, self.player.vocabulary))
         self.scores.clear()
         self.paddings.clear()
 
-    def _play(self, workload: Workload, iterations_per_call: int) -> Played:
-        """Run a workload on an idle engine."""
-        step = partial(self._on_engine, "step")
-        return play(step, workload, self._prompt, self._ids, self.settings.block_tokens, iterations_per_call)
-
     def _probe(self) -> None:
-        """The same work one iteration a call, and many a call."""
-        single = self._play(probe_workload(), 1)
-        self.probes.append(ProbePoint(at_s=self._now_s(), seconds=single.seconds))
-        many = self._play(probe_workload(), ITERATIONS_PER_CALL)
-        self.loop_factors.append(many.seconds / single.seconds)
-        self.between_s.append((many.wall_s - many.seconds) / len(many.iterations))
+        """The same work as it runs on either clock."""
+        virtual = self.player.probe(self.engines, "virtual")
+        (wall,) = self.player.probe(self.engines, "wall")
+        self.between_s.append((wall.wall_s - wall.seconds) / len(wall.iterations))
+        seconds = {"virtual": mean_s(virtual), "wall": wall.seconds}
+        here = seconds.pop(self.clock)
+        self.probes.append(ProbePoint(at_s=self._now_s(), seconds=here))
+        self.other_clock.append(seconds.popitem()[1] / here)
 
     def _replay(self, index: int, *, held_out: bool) -> None:
-        workload = draw_workload(stream(self.seed, "replay", index), "stream" if index % 2 else "burst")
-        began_s = self._now_s()
-        played = self._play(workload, 1)
-        self.replays.append((held_out, (began_s + self._now_s()) / 2, workload, played))
+        """A round of replays, in turn on the virtual clock, one engine after the other on the wall."""
+        rng = stream(self.seed, "replay", index)
+        workloads = [draw_workload(rng, "stream" if i % 2 else "burst") for i in range(len(self.engines))]
+        pairs = list(zip(self.engines, workloads, strict=True))
+        for turn in [pairs] if self.clock == "virtual" else [[pair] for pair in pairs]:
+            began_s = self._now_s()
+            engines, mine = zip(*turn, strict=True)
+            played = self.player.play(engines, mine, ITERATIONS_PER_CALL[self.clock])
+            at_s = (began_s + self._now_s()) / 2
+            self.replays += [(held_out, at_s, *pair) for pair in zip(mine, played, strict=True)]
 
     def _hit_prefixes(self, tokens: int, index: int) -> None:
         """The iteration that computes prompts, and the one that finds them cached."""
-        prompts = [self._prompt(tokens) for _ in range(1 + index)]
+        prompts = [self.player.prompt(tokens) for _ in range(1 + index)]
         seconds = []
         for _ in range(2):
-            works = [Work(response_id=next(self._ids), prompt_token_ids=prompt, forced_tokens=1) for prompt in prompts]
+            works = [
+                Work(response_id=self.player.new_id(), prompt_token_ids=prompt, forced_tokens=1) for prompt in prompts
+            ]
             (report,) = self._on_engine("step", works, 1)
             seconds.append(report.seconds)
         self.hits.setdefault(tokens * len(prompts), []).append((seconds[0], seconds[1]))
@@ -429,7 +260,7 @@ class Profiler:
             ProfilingFailed: not all of its whole blocks were loaded.
         """
         self._on_engine("reset", self.settings.model)
-        work = Work(response_id=next(self._ids), prompt_token_ids=self._prompt(tokens), forced_tokens=8)
+        work = Work(response_id=self.player.new_id(), prompt_token_ids=self.player.prompt(tokens), forced_tokens=8)
         (report,) = self._on_engine("step", [work], 1)
         moved = self._on_engine("take_out", [work.response_id], True)
         self._on_engine("reset", self.settings.model)
@@ -453,7 +284,7 @@ class Profiler:
         """Connect the ranks, learn batches of all sizes, write the weights and take them in."""
         actors = self.hosts.learners(ranks.world)
         import_s = max(self.hosts.get([actor.ready.remote() for actor in actors]))
-        rendezvous = f"file://{self.run_folder}/ranks-{next(self._ids)}"
+        rendezvous = f"file://{self.run_folder}/ranks-{self.player.new_id()}"
         common = replace(
             self.learner_settings,
             world=ranks.world,
@@ -466,9 +297,9 @@ class Profiler:
         connected = self.hosts.get([actor.connect.remote(mine) for actor, mine in pairs])
         ranks.starts.append({"import_s": import_s, "connect_s": max(timed.wall_s for timed in connected)})
         rng = stream(self.seed, "round", ranks.world, micro_batch_tokens, index)
-        self._learn(actors, Ranks(ranks.world), draw_batch(rng, 2, self.vocabulary))  # to warm up
+        self._learn(actors, Ranks(ranks.world), draw_batch(rng, ranks.world, self.player.vocabulary))  # to warm up
         for groups in rng.permutation(self.extent.groups).tolist():
-            self._learn(actors, ranks, draw_batch(rng, groups, self.vocabulary))
+            self._learn(actors, ranks, draw_batch(rng, groups * -(-ranks.world // 2), self.player.vocabulary))
         for _ in range(self.extent.syncs):
             self._sync(actors, ranks)
         self.hosts.get([actor.close.remote() for actor in actors])
@@ -490,13 +321,13 @@ class Profiler:
         ranks.updates.append(((stats.mini_batches, stats.micro_batches, stats.padded_tokens), busiest))
 
     def _sync(self, actors: Sequence[Any], ranks: Ranks) -> None:
-        """The learner writes its weights; engine and scorer take them in."""
-        version = next(self._ids)
+        """The learner writes its weights; engines and scorers take them in."""
+        version = self.player.new_id()
         folder = str(self.run_folder / f"weights-{version}")
         written = self.hosts.get([actor.export_weights.remote(folder) for actor in actors])
         ranks.exports.append(max(written, key=lambda timed: timed.cpu_s))
-        self.load_weights_s.append(self._on_engine("load_weights", folder, version))
-        self.load_scorer_s.append(self._on_engine("load_scorer", folder, version))
+        self.load_weights_s.append(max(self._on_all("load_weights", folder, version)))
+        self.load_scorer_s += self._on_all("load_scorer", folder, version)
 
     # --- the result ---
 
@@ -506,8 +337,8 @@ class Profiler:
             quick=quick,
             seed=self.seed,
             repetitions={
-                "fitted_replays": self.extent.fitted_replays,
-                "held_out_replays": self.extent.held_out_replays,
+                "fitted_replays": sum(not held_out for held_out, *_ in self.replays),
+                "held_out_replays": sum(held_out for held_out, *_ in self.replays),
                 "kv_moves": len(self.saves),
                 "parks": len(self.parks),
                 "weight_syncs": len(self.load_weights_s),
@@ -515,6 +346,8 @@ class Profiler:
                 "scored_batches": len(self.scores),
             },
             device=self.settings.device,
+            clock=self.clock,
+            engines=len(self.engines),
             machine=machine(self.settings.device),
             software=software(),
             model=profiled_model(self.model_name, self.settings),
@@ -562,7 +395,7 @@ class Profiler:
         return Iterations(
             decode=decode,
             prefill=prefill,
-            loop_factor=Quartiles.of(self.loop_factors),
+            other_clock=Quartiles.of(self.other_clock),
             step_overhead_s=Quartiles.of(self.between_s),
             fitted_iterations=sum(map(len, fitted)),
             fit_error=FitError.of(checks),
@@ -585,10 +418,6 @@ def draw_batch(rng: np.random.Generator, groups: int, vocabulary: int) -> Traini
     names = tuple(index // 2 for index in range(2 * groups))
     rewards = tuple(float(index % 2) for index in range(2 * groups))
     return TrainingBatch(tuple(prompts), tuple(responses), rewards, names)
-
-
-def _vocabulary(model: str) -> int:
-    return int(json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"])
 
 
 def _prefix_hit(tokens: int, pairs: Sequence[tuple[float, float]]) -> PrefixHit:
@@ -693,23 +522,34 @@ def check_profiling(device: str, model: str, output: Path) -> None:
     Raises:
         ProfileError: what is wrong, and what is allowed.
     """
+    check_real(device, model)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ProfileError(f"output {str(output)!r} must be a file in a folder that exists (--output)")
+
+
+def check_real(device: str, model: str) -> None:
+    """Raise unless there are engines for *device*, and the model is there.
+
+    Raises:
+        ProfileError: what is wrong, and what is allowed.
+    """
     if device not in DEVICES:
         raise ProfileError(f"device {device!r} is unknown; allowed: {', '.join(DEVICES)} (--device)")
     if model != TINY and not (Path(model) / "config.json").is_file():
         raise ProfileError(
             f"model {model!r} has no config.json; allowed: {TINY!r} or a folder in Hugging Face's format (--model)"
         )
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ProfileError(f"output {str(output)!r} must be a file in a folder that exists (--output)")
     missing = [name for name in ("vllm", "torch", "transformers", "ray") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ProfileError(f"profiling needs {', '.join(missing)}: install simrl[real], or simrl[real-cpu] for CPUs")
+        raise ProfileError(f"real engines need {', '.join(missing)}: install simrl[real], or simrl[real-cpu] for CPUs")
 
 
 def profile_model(
     device: str,
     model: str,
     *,
+    clock: ClockName | None = None,
+    gpus: int | None = None,
     quick: bool = False,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
@@ -719,18 +559,72 @@ def profile_model(
     Args:
         device: "cpu" or "cuda"; see `check_profiling`.
         model: A folder in Hugging Face's format, or "tiny".
-        quick: Few repetitions, below a minute for the tiny model.
+        clock: Regime that is measured, see `simrl.real_backend.clock`; None: "virtual" on CPUs, else "wall".
+        gpus: Ranks of the learner that is measured beside one of a single rank; None: 8 on CPUs, else all there are.
+        quick: Few repetitions, about a minute for the tiny model.
         seed: Of workloads and order.
         on_progress: Called with percent.
 
     Raises:
-        ProfilingFailed: see `measure`.
+        ProfilingFailed: KV that was saved could not be loaded, or the tiny model could not be written.
     """
-    if model == TINY:
-        with tempfile.TemporaryDirectory(prefix="simrl-") as folder:
+    kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+    with tempfile.TemporaryDirectory(prefix="simrl-") as folder:
+        name = model if model == TINY else Path(model).resolve().name
+        if model == TINY:
             write_tiny(folder)
-            return _profile_folder(device, folder, TINY, quick, seed, on_progress)
-    return _profile_folder(device, model, Path(model).resolve().name, quick, seed, on_progress)
+            model = folder
+        with HostPool(*default_settings(kind, model)) as hosts:
+            return measure(
+                hosts, name, clock or default_clock(device), gpus or default_gpus(device), quick=quick, seed=seed,
+                on_progress=on_progress,
+            )  # fmt: skip
+
+
+def measure(
+    hosts: HostPool,
+    model_name: str,
+    clock: ClockName,
+    gpus: int,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> Profile:
+    """Profile the engines and learners of a pool, whose hosts are idle before and after; see `profile_model`."""
+    in_turn = hosts.engine.device == "cpu" and clock == "virtual"
+    engines = min(ENGINES, gpus) if in_turn else 1
+    if quick:
+        engines, gpus = min(engines, 2), min(gpus, 2)
+    return Profiler(hosts, model_name, clock, engines, gpus, QUICK if quick else Extent(), seed).run(quick, on_progress)
+
+
+def default_clock(device: str) -> ClockName:
+    """Turns where a core stands for a GPU; real time where there are GPUs."""
+    return "virtual" if device == "cpu" else "wall"
+
+
+def default_gpus(device: str) -> int:
+    """All GPUs there are; on CPUs as many logical ones as a node of the g6e class has."""
+    return max(len(_gpu_names()), 1) if device == "cuda" else 8
+
+
+def default_settings(device: Literal["cpu", "cuda"], folder: str) -> tuple[EngineSettings, LearnerSettings]:
+    """The engine and the learner that are profiled."""
+    cpu = device == "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32" if cpu else "bfloat16"
+    block_tokens = CPU_BLOCK_TOKENS if cpu else 16
+    engine = EngineSettings(
+        model=folder,
+        device=device,
+        dtype=dtype,
+        block_tokens=block_tokens,
+        num_kv_blocks=1 + 16384 // block_tokens,
+        max_model_len=1024,
+        enforce_eager=cpu,
+    )
+    learner = LearnerSettings(model_folder=folder, rank=0, world=1, rendezvous="", device=device, dtype=dtype)
+    return engine, learner
 
 
 def write_tiny(folder: str) -> None:
@@ -739,37 +633,9 @@ def write_tiny(folder: str) -> None:
     Raises:
         ProfilingFailed: it was not written.
     """
-    from simrl.real_backend.tiny_model import write_tiny_model
-
-    process = multiprocessing.get_context("spawn").Process(target=write_tiny_model, args=(folder, 0), daemon=True)
-    process.start()
-    process.join(MODEL_TIMEOUT_S)
-    if process.exitcode != 0:
-        process.kill()
-        raise ProfilingFailed(f"writing the tiny model ended with exit code {process.exitcode}")
-
-
-def _profile_folder(
-    device: str,
-    folder: str,
-    name: str,
-    quick: bool,
-    seed: int,
-    on_progress: Callable[[int], None] | None,
-) -> Profile:
-    kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
-    cpu = kind == "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32" if cpu else "bfloat16"
-    block_tokens = CPU_BLOCK_TOKENS if cpu else 16
-    engine = EngineSettings(
-        model=folder,
-        device=kind,
-        dtype=dtype,
-        block_tokens=block_tokens,
-        num_kv_blocks=1 + 16384 // block_tokens,
-        max_model_len=1024,
-        enforce_eager=cpu,
-    )
-    learner = LearnerSettings(model_folder=folder, rank=0, world=1, rendezvous="", device=kind, dtype=dtype)
-    extent = QUICK if quick else Extent()
-    return measure(engine, learner, model_name=name, extent=extent, quick=quick, seed=seed, on_progress=on_progress)
+    code = "import sys; from simrl.real_backend.tiny_model import write_tiny_model; write_tiny_model(sys.argv[1], 0)"
+    command = [sys.executable, "-c", code, folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=MODEL_TIMEOUT_S, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        raise ProfilingFailed(f"the tiny model could not be written: {last}")

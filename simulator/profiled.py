@@ -24,7 +24,7 @@ class ProfiledCosts:
     """A `CostModel` that reads a profile. A GPU is one of the profile's: on CPUs, one core.
 
     What the profile does not hold is refused, not guessed: tensor parallelism other than the measured, PPO, longer
-    texts than the engine takes. With more GPUs than any measured learner had ranks, that of the most ranks stands in.
+    texts than the engine takes. A learner of a size that was not measured is taken for the one nearest in size.
 
     Args:
         job: What is trained; the profile says which model really ran.
@@ -35,7 +35,7 @@ class ProfiledCosts:
         parameters: Gets every number that is read from the profile.
         path: Where the profile is from, to name it as the source.
         clock: Of the real run that this is to be like. On the "virtual" one only what processes compute takes time:
-            iterations of one call each and nothing between them, CPU seconds of the busiest learner rank.
+            nothing between iterations, CPU seconds of the busiest learner rank.
 
     Raises:
         ValueError: the job is PPO, or a limit is larger than that of the profiled engine.
@@ -128,7 +128,8 @@ class ProfiledCosts:
         self._read("iterations.prefill", times.prefill_s(256, 128), "s, one prompt of 256 tokens")
         if self._clock == "wall":
             self._median("iterations.step_overhead_s", self.profile.iterations.step_overhead_s)
-            self._read("iterations.loop_factor", self.profile.iterations.loop_factor.median, "1")
+        if self._clock != self.profile.clock:
+            self._read("iterations.other_clock", self.profile.iterations.other_clock.median, "1")
         return times
 
     def flat_batch(self, gpus: int, context: float) -> int:

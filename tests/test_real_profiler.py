@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from simrl.cli import main
-from simrl.real_backend.profiler import Item, Prefills, draw_batch, draw_workload, padded_tokens
+from simrl.real_backend.profiler import draw_batch, padded_tokens
+from simrl.real_backend.replays import MAX_RESPONSE_TOKENS, Item, Prefills, draw_workload
 from simrl.traces.profile import Profile, load_profile
 
 
@@ -20,7 +21,7 @@ def test_workloads_have_the_lengths_of_the_working_regime() -> None:
     drawn = [draw_workload(np.random.default_rng(seed), "stream" if seed % 2 else "burst") for seed in range(60)]
     items = [item for workload in drawn for item in workload]
     assert {min(item.prompt_tokens for item in items), max(item.prompt_tokens for item in items)} <= set(range(8, 257))
-    assert all(1 <= item.response_tokens <= 200 for item in items)
+    assert all(1 <= item.response_tokens <= MAX_RESPONSE_TOKENS for item in items)
     assert min(map(len, drawn)) < 16 < 40 < max(map(len, drawn))
     for seed, workload in enumerate(drawn):
         arrivals = [item.arrives for item in workload]
@@ -101,6 +102,8 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, str]:
 def test_a_real_profile_is_whole(profiled: tuple[Profile, str]) -> None:
     profile, printed = profiled
     assert (profile.quick, profile.device, profile.model.name) == (True, "cpu", "tiny")
+    assert (profile.clock, profile.engines) == ("virtual", 2)
+    assert [learner.world for learner in profile.learners] == [1, 2]
     assert profile.model.parameters == 3_412_224
     assert profile.model.weight_bytes == 4 * 3_412_224
     assert profile.kv.block_bytes == profile.engine.block_tokens * 4 * 2 * 2 * 64 * 4  # layers, K and V, heads, size

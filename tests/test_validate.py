@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from rich.console import Console
@@ -61,14 +63,31 @@ def test_errors_are_relative_to_the_median_of_the_repeats_and_to_a_slow_machine(
     assert spread["p", "update"] == 0
 
 
-def test_rankings_are_those_of_the_totals() -> None:
+def test_pairs_are_ranked_by_what_they_take_after_the_first_step() -> None:
     runs = [
         Run("slow", "simulated", frames(10, 1)), Run("slow", "real", frames(20, 1, gpus=1)),
         Run("fast", "simulated", frames(11, 1)), Run("fast", "real", frames(15, 1)),
     ]  # fmt: skip
-    ranking = compare_runs(runs).ranking()
-    assert ranking["step"] == {"real": ["fast", "slow"], "simulated": ["slow", "fast"]}
-    assert ranking["gpu_s"] == {"real": ["slow", "fast"], "simulated": ["slow", "fast"]}
+    step, gpu_s = compare_runs(runs).pairs()
+    assert step == {
+        "stage": "step", "less": "fast", "more": "slow", "real_ratio": pytest.approx(22 / 17),
+        "simulated_ratio": pytest.approx(12 / 13), "agree": False,
+    }  # fmt: skip
+    assert gpu_s == {
+        "stage": "gpu_s", "less": "slow", "more": "fast", "real_ratio": pytest.approx(34 / 22),
+        "simulated_ratio": pytest.approx(26 / 24), "agree": True,
+    }  # fmt: skip
+
+
+def test_the_first_step_does_not_rank() -> None:
+    def run(kind: Literal["real", "simulated"], policy: str, first_s: float) -> Run:
+        recorder = frames(10, 4)
+        phases = recorder.phases
+        starts = (phases["step"] == 0) & (phases["stage"] == "step")
+        return Run(policy, kind, replace(recorder, phases=phases.assign(end_s=phases["end_s"] + first_s * starts)))
+
+    runs = [run(kind, policy, s) for policy, s in (("a", 0), ("b", 50)) for kind in ("real", "simulated")]
+    assert [pair["real_ratio"] for pair in compare_runs(runs).pairs()] == pytest.approx([1, 1])
 
 
 def test_a_validation_is_printed_and_written(tmp_path: Path) -> None:
@@ -88,11 +107,12 @@ def test_a_validation_is_printed_and_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--device", "tpu"], "--device tpu: allowed are cpu, cuda"),
+        (["--device", "tpu"], "device 'tpu' is unknown; allowed: cpu, cuda (--device)"),
         (["--clock", "slow"], "--clock slow: allowed are virtual, wall"),
         (["--gpus", "0"], "--gpus 0: at least 1"),
         (["--repeats", "0"], "--repeats 0: at least 1"),
         (["--clock", "wall", "--gpus", "5000"], "give fewer, or --clock virtual"),
+        (["--model", "no-such"], "model 'no-such' has no config.json"),
         (["--profile", "no-such.json"], "profile 'no-such.json' cannot be read"),
         (["--policy", "no-such"], "no-such"),
         (["--set", "job.stepz=1"], "job.stepz"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
@@ -150,21 +151,22 @@ class FitError(Section):
 class Iterations(Section):
     """Times of engine iterations, fitted to replays of mixed-length responses.
 
-    The engine is in a process of its own, and each iteration is a call to it: an engine that pauses between iterations
-    runs them slower. `loop_factor` tells by how much less it takes when a call runs many.
+    An engine is in a process of its own, and calls to it run several iterations. On the virtual clock several engines
+    share a core and take turns, which leaves each with cold caches.
 
     Attributes:
         decode: Over batch and mean context.
         prefill: Over computed tokens and the tokens that each attends to on average.
-        loop_factor: Seconds of iterations of which a call runs many, over those of one a call; for the same work.
-        step_overhead_s: Time between two iterations in the first case, the share of a call included.
+        other_clock: Seconds of the iterations of the same work on the clock that was not profiled, over those on the
+            one that was.
+        step_overhead_s: Time between two iterations on the wall clock, the share of a call included.
         fitted_iterations: How many there were.
         fit_error: On other workloads.
     """
 
     decode: IterationTable
     prefill: IterationTable
-    loop_factor: Quartiles
+    other_clock: Quartiles
     step_overhead_s: Quartiles
     fitted_iterations: int = Field(ge=1)
     fit_error: FitError
@@ -320,6 +322,8 @@ class Profile(Section):
         duration_s: Of the whole profile.
         repetitions: Of each kind of measurement.
         device: What the engines and the learner ran on.
+        clock: In which regime iterations were measured; see `Iterations`.
+        engines: How many were measured, in turn.
         machine: Without its name.
         software: Versions.
         model: What was run.
@@ -327,7 +331,7 @@ class Profile(Section):
         iterations: Times of engine iterations.
         prefix_hits: What cached prompts save.
         kv: Moving KV.
-        load_weights_s: New weights from a file into an engine.
+        load_weights_s: New weights from a file into all engines, until the slowest has them.
         park_s: An engine gives its memory back.
         wake_s: And gets it again.
         engine_start: Cold start of an engine.
@@ -346,6 +350,8 @@ class Profile(Section):
     duration_s: float = Field(gt=0)
     repetitions: dict[str, int]
     device: Literal["cpu", "cuda"]
+    clock: Literal["wall", "virtual"]
+    engines: int = Field(ge=1)
     machine: Machine
     software: dict[str, str]
     model: ProfiledModel
@@ -369,11 +375,10 @@ class Profile(Section):
 
         Args:
             source: Names the profile.
-            clock: "virtual": one iteration a call, and only the iteration counts. "wall": many a call, and the time
-                between them counts, too.
+            clock: Of the run. On the "wall" the time between iterations counts, too.
         """
-        wall, measured = clock == "wall", self.iterations
-        execution = Execution(measured.loop_factor.median, measured.step_overhead_s.median) if wall else Execution()
+        factor = 1.0 if clock == self.clock else self.iterations.other_clock.median
+        execution = Execution(factor, self.iterations.step_overhead_s.median if clock == "wall" else 0.0)
         return IterationTimes(
             self.iterations.decode.table(),
             self.iterations.prefill.table(),
@@ -385,7 +390,7 @@ class Profile(Section):
     def overview(self) -> list[dict[str, str]]:
         """What stands out, a row each: `measured` and `value`."""
         error, probes = self.iterations.fit_error, [probe.seconds for probe in self.probe_s]
-        times = self.iteration_times("this profile", "virtual")
+        times = self.iteration_times("this profile", self.clock)
         batches = [batch for batch in (1, 8, 32) if batch <= self.engine.max_num_seqs]
         rows = {
             f"decode, batch {batch}, context 256": f"{1e3 * times.decode_s(batch, 256):.2f} ms" for batch in batches
@@ -410,9 +415,8 @@ class Profile(Section):
         return [{"measured": name, "value": value} for name, value in rows.items()]
 
     def learner(self, world: int) -> Learner:
-        """The learner of *world* ranks, else the largest that is smaller, else the smallest."""
-        smaller = [learner for learner in self.learners if learner.world <= world]
-        return max(smaller or self.learners[:1], key=lambda learner: learner.world)
+        """The learner whose number of ranks is nearest to *world* by their ratio; of two as near, the larger."""
+        return min(self.learners, key=lambda learner: (abs(math.log(learner.world / world)), -learner.world))
 
     def write(self, path: str | Path) -> None:
         """Write it; the file appears complete or not at all.

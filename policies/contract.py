@@ -55,7 +55,14 @@ class StepStarted:
 class FunctionLost:
     """A function died; *responses* were unfinished on it and are unassigned again. Always delivered.
 
-    The simulator does not lose functions yet.
+    Its GPUs are free and its name may be used again. Tokens that the responses had are known: the engine that goes on
+    with them recomputes their KV. A response that was to move to it and had not left its engine stays there. What was
+    under way from it, and prompts that it was to prefill for others, arrive without KV.
+
+    What it was to prepare is unprepared again: if generation of that step is over, `StageFinished("generation")` is
+    told again. A `Learn` or `Sync` that it took part in: the sync goes on without it, the learning ends, and
+    `StageFinished("preparation")` is told again. A function with the role `learn` may be started in its place; the
+    next `Learn` goes on from the newest weights, and a `Sync` that waited for newer ones sends those.
     """
 
     function: str
@@ -94,7 +101,10 @@ class Completions:
 
 @dataclass(frozen=True, slots=True)
 class StageFinished:
-    """All responses of *step* passed *stage*. Subscribe with `step=None`; the event names the step."""
+    """All responses of *step* passed *stage*; told again where a loss undid what followed (see `FunctionLost`).
+
+    Subscribe with `step=None`; the event names the step.
+    """
 
     stage: Stage
     step: int | None = None
@@ -181,7 +191,10 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class Learn:
-    """Update the models on the oldest step that is prepared and not learned, sharded over *functions* (FSDP)."""
+    """Update the models on the oldest step that is prepared and not learned, sharded over *functions* (FSDP).
+
+    These are all that have the role `learn`: none may be added or released from then on, unless one is lost.
+    """
 
     functions: tuple[str, ...]
 

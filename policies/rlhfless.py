@@ -5,7 +5,8 @@ public. Theirs: deduplicated prefill, assignment by EWMA-predicted length, actor
 cost, cut-and-migrate at a completion ratio, placement of heavy actors beside the learner, prewarming. Our
 reconstruction: everything that they leave open, namely the numbers' defaults, the expected maximum in T(N), that an
 actor without work is parked (not ended, since a cold start takes longer than a step), that otherwise idle learner
-functions serve as prefill actors, and when parking pays.
+functions serve as prefill actors, when parking pays, and what is done about lost functions
+(`simrl.policies.recovery`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from simrl.policies.contract import (
     Trigger,
     Wake,
 )
+from simrl.policies.recovery import Replacements, assign_dealt, lost_functions, lost_responses
 from simrl.policies.verl import responses_of, start_everywhere
 from simrl.traces.oracle import Oracle
 
@@ -108,12 +110,13 @@ class RLHFless:
         self.began_s = self.predicted_s = 0.0
         self.time_correction = 1.0  # realised over predicted generation time, smoothed over steps
         self.first_step_over = self.generating = False
+        self.replacements = Replacements()
 
     # --- events ---
 
     def decide(self, observation: Observation) -> Sequence[Decision]:
         """Answer each event in turn."""
-        decisions: list[Decision] = []
+        decisions = self.recover(observation)
         self.promised = {}
         if not self.functions:
             decisions += self.set_up(observation)
@@ -133,6 +136,26 @@ class RLHFless:
                     decisions += [Learn(self.learners), *self.park_decoders()]
         return decisions
 
+    def recover(self, observation: Observation) -> list[Decision]:
+        """Start lost functions anew; others generate what they had: actors, else who is awake, else who is parked."""
+        lost, responses = set(lost_functions(observation)), lost_responses(observation)
+        self.actors = [name for name in self.actors if name not in lost]
+        self.parked -= lost
+        decisions = self.replacements.restart(observation)
+        if not responses:
+            return decisions
+        started = [name for name in self.functions if name not in self.pending_starts]
+        able = self.replacements.able(observation, started, responses)
+        actors = [function for function in able if function.name in self.actors]
+        awake = [function for function in able if function.name not in self.parked]
+        targets = actors or awake or able
+        names = [function.name for function in targets] or sorted(lost)
+        self.actors += [name for name in names if name not in self.actors]
+        if targets:
+            return [*decisions, *self.wake(names), *assign_dealt(responses, targets)]
+        # A sync needs all learners awake.
+        return [*decisions, *self.wake_learners(), *self.replacements.reassign(observation, ())]
+
     def set_up(self, observation: Observation) -> list[Decision]:
         """Start the learner's functions; remember where decode-only ones could be started."""
         if observation.job.max_staleness:
@@ -151,6 +174,7 @@ class RLHFless:
             decoders = [Start(s.function, s.gpus, DECODER, s.node) for s in places[count:]]
             self.pending_starts = {start.function: start for start in decoders}
             places = places[:count]
+        self.replacements = Replacements([*places, *self.pending_starts.values()])
         self.learners = tuple(start.function for start in places)
         self.functions = (*self.learners, *self.pending_starts)
         triggers: list[Trigger] = [StageFinished("generation"), StageFinished("preparation"), FunctionIdle()]
@@ -184,16 +208,15 @@ class RLHFless:
     def bring_up(self, names: Sequence[str]) -> list[Decision]:
         """Start or wake functions, and give them the newest weights."""
         starts = [self.pending_starts.pop(name) for name in names if name in self.pending_starts]
-        wakes = [Wake(name) for name in names if name in self.parked]
-        self.parked -= set(names)
-        return [*starts, *wakes, Sync(tuple(names))]
+        return [*starts, *self.wake(names), Sync(tuple(names))]
 
     def cut(self, observation: Observation, function: str) -> list[Decision]:
         """Hand what is left on an actor to others with free slots, if they have enough; then it is done."""
         left = observation.unfinished(function)
         if function not in self.actors or not left or not self.generating:
             return []
-        others = [observation.functions[name] for name in self.actors if name != function]
+        seen = observation.functions  # without those that start anew at this call
+        others = [seen[name] for name in self.actors if name != function and name in seen]
         room = {other.name: other.free_slots - self.promised.get(other.name, 0) for other in others}
         targets = sorted((other.name for other in others if other.num_unfinished), key=room.__getitem__, reverse=True)
         if sum(max(room[name], 0) for name in targets) < len(left) or function in self.promised:
@@ -210,12 +233,13 @@ class RLHFless:
 
     def finish_generation(self, observation: Observation) -> list[Decision]:
         """Everyone who learns prepares."""
-        self.generating = False
-        if self.first_step_over:
+        if self.first_step_over and self.generating:  # what is lost after it is only prepared again
             realised = (observation.time_s - self.began_s) / self.predicted_s
             self.time_correction += CORRECTION_WEIGHT * (realised - self.time_correction)
+        self.generating = False
         self.first_step_over = True  # it included the cold start
-        return [*self.wake_learners(), Prepare(self.learners, observation.unprepared)]
+        able = self.replacements.at_work(observation, self.learners)
+        return [*self.wake_learners(), Prepare(able, observation.unprepared)]
 
     # --- parking ---
 
@@ -249,9 +273,13 @@ class RLHFless:
     def wake_learners(self) -> list[Decision]:
         """Wake every parked learner."""
         self.wake_at_s = math.inf
-        names = [name for name in self.learners if name in self.parked]
-        self.parked -= set(names)
-        return [Wake(name) for name in names]
+        return self.wake(self.learners)
+
+    def wake(self, names: Sequence[str]) -> list[Decision]:
+        """Wake those that are parked."""
+        parked = [name for name in names if name in self.parked]
+        self.parked -= set(parked)
+        return [Wake(name) for name in parked]
 
     # --- how many actors ---
 

@@ -4,7 +4,8 @@ Source: RLHFuse (arXiv 2409.13221, NSDI'25), read in summaries. When fewer than 
 migrated to the m engines with the most work left, m being the fewest whose batch slots (with flat decode latency) and
 KV (at full length) suffice; the freed GPUs compute log-probs, values and rewards of finished responses. Intra-stage
 fusion of actor and critic pipelines needs a critic and pipeline parallelism: on FSDP it is a no-op. Learning is not
-fused with preparation. How the last responses are prepared is our reconstruction.
+fused with preparation. How the last responses are prepared, and what is done about lost functions
+(`simrl.policies.recovery`), is our reconstruction.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from simrl.policies.contract import (
     Decision,
-    Function,
     FunctionIdle,
     Learn,
     Migrate,
@@ -28,6 +28,7 @@ from simrl.policies.contract import (
     Sync,
     UnfinishedBelow,
 )
+from simrl.policies.recovery import Replacements, deal
 from simrl.policies.verl import assign_shares, chunks, start_everywhere
 
 PIECES = 8  # pieces that an engine's fair share of a step's preparation is done in (our reconstruction)
@@ -52,10 +53,11 @@ class RLHFuse:
         self.functions: tuple[str, ...] = ()
         self.freed: set[str] = set()  # engines that prepare while others still generate
         self.left: list[int] = []  # unprepared, and not given to anyone in this call
+        self.replacements = Replacements()
 
     def decide(self, observation: Observation) -> Sequence[Decision]:
         """As `verl`, with a migration when the tail begins."""
-        decisions: list[Decision] = []
+        decisions = self.replacements.restart(observation)
         freed_before, self.left = self.freed, list(observation.unprepared)
         if not self.functions:
             decisions += self.set_up(observation)
@@ -67,18 +69,25 @@ class RLHFuse:
                 case UnfinishedBelow():
                     decisions += self.fuse(observation)
                 case StageFinished(stage="generation"):
-                    decisions += self.prepare_rest()
+                    decisions += self.prepare_rest(observation)
                 case StageFinished(stage="preparation"):
                     decisions.append(Learn(self.functions))
         ready = [event.function for event in observation.events if isinstance(event, FunctionIdle)]
         # Those freed just now have their first piece already, even if they became idle at this very moment.
         waiting = [name for name in ready if name in freed_before and name in self.freed]
-        return [*decisions, *self.prepare_next(waiting, observation)]
+        return [*decisions, *self.prepare_next(waiting, observation), *self.reassign(observation)]
+
+    def reassign(self, observation: Observation) -> list[Decision]:
+        """Lost responses to engines that generate, or else to all."""
+        generating = [name for name in self.functions if name not in self.freed]
+        some = any(self.replacements.is_at_work(observation, name) for name in generating)
+        return self.replacements.reassign(observation, generating if some else self.functions)
 
     def set_up(self, observation: Observation) -> list[Decision]:
         """Start on every GPU, and ask to hear of the tail."""
         starts = start_everywhere(observation)
         self.functions = tuple(start.function for start in starts)
+        self.replacements = Replacements(starts)
         tail = min(
             round(self.params.tail_ratio * observation.job.responses_per_step),
             engine_slots(observation, starts[0].gpus, starts[0].roles) * (len(starts) // 2),
@@ -89,12 +98,15 @@ class RLHFuse:
 
     def fuse(self, observation: Observation) -> list[Decision]:
         """Gather the unfinished on the fewest engines, and let the others prepare what is finished."""
-        by_work = sorted(observation.functions.values(), key=lambda f: f.num_unfinished, reverse=True)
+        at_work = [f for name, f in observation.functions.items() if self.replacements.is_at_work(observation, name)]
+        by_work = sorted(at_work, key=lambda f: f.num_unfinished, reverse=True)
         remaining = sum(function.num_unfinished for function in by_work)
+        if not remaining:  # all that were left may be lost just now
+            return []
         slots = engine_slots(observation, by_work[0].gpus, by_work[0].roles)
         destinations = by_work[: max(1, -(-remaining // slots))]
         freed = by_work[len(destinations) :]
-        if not remaining or not freed:
+        if not freed:
             return []
         moving = [response for function in freed for response in observation.unfinished(function.name)]
         decisions: list[Decision] = [
@@ -113,11 +125,12 @@ class RLHFuse:
                 decisions.append(Prepare((function,), tuple(taken)))
         return decisions
 
-    def prepare_rest(self) -> list[Decision]:
+    def prepare_rest(self, observation: Observation) -> list[Decision]:
         """Generation is over: everyone prepares what is left."""
         self.freed = set()
         rest, self.left = self.left, []
-        return [Prepare(self.functions, tuple(rest))] if rest else []
+        able = self.replacements.at_work(observation, self.functions)
+        return [Prepare(able, tuple(rest))] if rest else []
 
 
 def engine_slots(observation: Observation, gpus: int, roles: tuple[Role, ...]) -> int:
@@ -125,14 +138,3 @@ def engine_slots(observation: Observation, gpus: int, roles: tuple[Role, ...]) -
     longest = observation.job.max_prompt_tokens + observation.job.max_response_tokens
     kv_slots = observation.estimates.kv_tokens(gpus, roles) // longest
     return max(1, min(observation.estimates.flat_batch(gpus), kv_slots))
-
-
-def deal(responses: Sequence[int], targets: Sequence[Function]) -> dict[str, list[int]]:
-    """Each response to the target with the fewest unfinished ones, the first of equals."""
-    loads = {function.name: function.num_unfinished for function in targets}
-    shares: dict[str, list[int]] = {name: [] for name in loads}
-    for response in responses:
-        lightest = min(loads, key=loads.__getitem__)
-        shares[lightest].append(response)
-        loads[lightest] += 1
-    return shares

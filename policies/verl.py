@@ -1,7 +1,8 @@
 """VERL-style static scheduling: every GPU is held for the whole job and takes each stage in turn.
 
 Source: HybridFlow (arXiv 2409.19256) and verl's colocated trainer: engines and trainer share all GPUs, prompts go to
-the engines in contiguous data-parallel chunks of whole groups, and a barrier separates the stages.
+the engines in contiguous data-parallel chunks of whole groups, and a barrier separates the stages. What is done about
+lost functions is our reconstruction (`simrl.policies.recovery`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from simrl.policies.contract import (
     Subscribe,
     Sync,
 )
+from simrl.policies.recovery import Replacements
 
 COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")
 
@@ -47,23 +49,26 @@ class Verl:
     def __init__(self, params: Params | None = None) -> None:
         self.params = params or self.Params()
         self.functions: tuple[str, ...] = ()
+        self.replacements = Replacements()
 
     def decide(self, observation: Observation) -> Sequence[Decision]:
         """Each stage on all functions as soon as the one before is finished."""
-        decisions: list[Decision] = []
+        decisions = self.replacements.restart(observation)
         if not self.functions:
             starts = start_everywhere(observation)
             self.functions = tuple(start.function for start in starts)
+            self.replacements = Replacements(starts)
             decisions += [*starts, Subscribe(StageFinished("generation")), Subscribe(StageFinished("preparation"))]
         for event in observation.events:
             match event:
                 case StepStarted(prompts=prompts):
                     decisions += [Sync(self.functions), *self.assign(prompts)]
                 case StageFinished(stage="generation") if not any(isinstance(d, Prepare) for d in decisions):
-                    decisions.append(Prepare(self.functions, observation.unprepared))  # of two steps at once, too
+                    able = self.replacements.at_work(observation, self.functions)
+                    decisions.append(Prepare(able, observation.unprepared))  # of two steps at once, too
                 case StageFinished(stage="preparation"):
                     decisions.append(Learn(self.functions))
-        return decisions
+        return [*decisions, *self.replacements.reassign(observation, self.functions)]
 
     def assign(self, prompts: Sequence[Prompt]) -> list[Decision]:
         """Whole groups to engines."""

@@ -11,16 +11,20 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simrl.policies.runtime.function import HostDied
 from simrl.real_backend.batch import TokenScores, TrainingBatch
 from simrl.real_backend.engine import EngineSettings, StepReport, VllmEngine, Work
-from simrl.real_backend.learner_settings import LearnerSettings
+from simrl.real_backend.learner_settings import LearnerLost, LearnerSettings
+from simrl.real_backend.ray_cluster import death, last_line, no_space, open_ray, starting, uninterrupted
 
 START_TIMEOUT_S = 900.0  # a large model from a slow disk
 CALL_TIMEOUT_S = 900.0  # an update of a large model
+DEATH_TIMEOUT_S = 10.0  # Ray tells of a death within a second or two
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +210,7 @@ class HostPool:
         engine: What each engine is made of; `kv_folder` is set here.
         learner: How the learner trains; rank, world and rendezvous are set here.
         cpus_per_host: CPUs that Ray reserves for each host; 0 lets hosts that take turns share a core.
-        address: Of a Ray cluster; None starts one on this machine. Ray listens on all interfaces, whatever address it
-            is given, and asks for a token.
+        address: Of a Ray cluster; None starts one on this machine, for this process alone; see `open_ray`.
     """
 
     def __init__(
@@ -225,7 +228,12 @@ class HostPool:
         self._all: list[Any] = []
         self._run_folder: Path | None = None
         self.weight_tolerance = 1e-3 if engine.dtype == "float32" else 0.2  # nats a token; bfloat16 rounds to 3 digits
-        self._ray = _start_ray(address)
+        try:
+            self._cluster = open_ray(address)
+        except BaseException:  # also Ctrl-C
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        self._ray = self._cluster.ray
 
     def __enter__(self) -> HostPool:
         return self
@@ -237,18 +245,20 @@ class HostPool:
         """An idle host with the first weights, or a new one.
 
         Raises:
-            TimeoutError: it was not ready in time.
+            ClusterError: it could not start, or was not ready in time.
         """
-        if self._idle:
+        while self._idle:
             host = self._idle.pop(0)
-            self.get(host.actor.reset.remote(self.engine.model))
-            self._taken.append(host)
-            return host
+            with suppress(self._ray.exceptions.RayActorError):  # it died while nobody needed it
+                self.get(host.actor.reset.remote(self.engine.model))
+                self._taken.append(host)
+                return host
         started_s = time.perf_counter()
         options = self._options() | ({"num_gpus": self.engine.tensor_parallel} if self.engine.device == "cuda" else {})
         actor = self._ray.remote(EngineHost).options(**options).remote(self.engine, self.learner)
         self._all.append(actor)
-        self.get(actor.ready.remote(), START_TIMEOUT_S)
+        with starting(f"engine {1 + len(self._taken)}", _memory_asked_for(self.engine)):
+            self.get(actor.ready.remote(), START_TIMEOUT_S)
         self._taken.append(WarmHost(actor, time.perf_counter() - started_s))
         return self._taken[-1]
 
@@ -278,16 +288,66 @@ class HostPool:
         self._taken.remove(host)
         self._idle.append(host)
 
+    def discard(self, host: WarmHost) -> None:
+        """Never hand it out again: its process is dead, or is ended."""
+        self._taken.remove(host)
+        self._ray.kill(host.actor)
+
     def learners(self, count: int) -> list[Any]:
         """Hosts of so many ranks."""
+        self._learners = [actor for actor in self._learners if not self.some_died([actor])]
         while len(self._learners) < count:
             options = self._options() | ({"num_gpus": 1} if self.learner.device.startswith("cuda") else {})
             actor = self._ray.remote(LearnerHost).options(**options).remote()
             self._learners.append(actor)
             self._all.append(actor)
         ready = self._learners[:count]
-        self.get([actor.ready.remote() for actor in ready], START_TIMEOUT_S)
+        with starting(f"one of {count} ranks of the learner", "the model's weights, gradients and optimizer state"):
+            self.get([actor.ready.remote() for actor in ready], START_TIMEOUT_S)
         return ready
+
+    def end_learners(self) -> None:
+        """End the processes of all ranks: those whose group has broken cannot meet again."""
+        for actor in self._learners:
+            self._ray.kill(actor)
+        self._learners = []
+
+    def some_died(self, actors: Sequence[Any]) -> bool:
+        """Whether one of some actors is known to be dead; one that is at work is not."""
+        calls = [actor.ready.remote() for actor in actors]
+        done, _ = self._ray.wait(calls, num_returns=len(calls), timeout=DEATH_TIMEOUT_S)
+        for call in done:
+            try:
+                self.get(call)
+            except self._ray.exceptions.RayActorError:
+                return True
+        return False
+
+    def result(self, refs: Any) -> Any:
+        """What the calls of a run returned; of several that work together, the first failure is raised at once.
+
+        Raises:
+            HostDied: a process died.
+            LearnerLost: a rank of the learner missed another.
+            TimeoutError: they took too long.
+        """
+        try:
+            if isinstance(refs, list):
+                self._wait_for_all(refs)
+            return self.get(refs)
+        except self._ray.exceptions.RayActorError as error:
+            raise HostDied(death(error) or str(error)) from error
+        except LearnerLost as error:
+            raise LearnerLost(last_line(error)) from error
+
+    def _wait_for_all(self, calls: list[Any]) -> None:
+        """Wait until all are done or one has failed: the others may wait for that one."""
+        ends_s = time.monotonic() + CALL_TIMEOUT_S
+        while calls:
+            done, calls = self._ray.wait(calls, num_returns=1, timeout=max(ends_s - time.monotonic(), 0.0))
+            if not done:
+                raise TimeoutError(f"a call to another process took more than {CALL_TIMEOUT_S:g} s")
+            self.get(done)
 
     def _options(self) -> dict[str, Any]:
         return {"num_cpus": self._cpus, "max_restarts": 0, "max_task_retries": 0}
@@ -298,27 +358,28 @@ class HostPool:
         Raises:
             TimeoutError: they took too long.
             RayActorError: the process died.
+            ClusterError: it had no space to write to.
         """
         try:
             return self._ray.get(refs, timeout=timeout_s)
         except self._ray.exceptions.GetTimeoutError as error:
             raise TimeoutError(f"a call to another process took more than {timeout_s:g} s") from error
+        except Exception as error:  # of any kind: libraries have their own for files
+            full = no_space(error, self.folder)
+            if full is None:
+                raise
+            raise full from error
 
     def close(self) -> None:
         """End all processes, delete all files."""
-        for actor in self._all:
-            self._ray.kill(actor)
-        if self._ray.is_initialized():
-            self._ray.shutdown()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with uninterrupted(), ExitStack() as ending:
+            ending.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            ending.callback(self._cluster.close)
+            if self._ray.is_initialized():
+                for actor in self._all:
+                    self._ray.kill(actor)
 
 
-def _start_ray(address: str | None) -> Any:
-    import ray
-
-    if address is not None:
-        ray.init(address=address, log_to_driver=False)
-        return ray
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    return ray
+def _memory_asked_for(engine: EngineSettings) -> str:
+    kv = f"{engine.kv_bytes} bytes" if engine.num_kv_blocks is None else f"num_kv_blocks={engine.num_kv_blocks}"
+    return f"the weights in {engine.model} and KV of {kv}, block_tokens={engine.block_tokens}"

@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import simpy
 
 from simrl.policies.contract import Estimates, Prompt, Start
 from simrl.policies.runtime.backend import ClusterBackend
-from simrl.policies.runtime.function import ClusterFunction, Process
+from simrl.policies.runtime.function import ClusterFunction, HostDied, Process
 from simrl.policies.runtime.rollout import Rollout
 from simrl.policies.runtime.steps import StepState, StepWork
 from simrl.policies.runtime.view import View
-from simrl.real_backend.actors import HostPool, Timed, WarmHost
+from simrl.real_backend.actors import CALL_TIMEOUT_S, HostPool, WarmHost
 from simrl.real_backend.batch import TokenScores, TrainingBatch
 from simrl.real_backend.clock import Clock, VirtualClock, WallClock
 from simrl.real_backend.engine import Finished, Work
 from simrl.real_backend.function import RealFunction
+from simrl.real_backend.ranks import PROBE, PROBE_PROMPT_TOKENS, Learned, Learner
 from simrl.real_backend.rewards import Task
 from simrl.traces.job import Engine, Job
 from simrl.traces.records import Recorder
@@ -142,6 +144,8 @@ class RealBackend(ClusterBackend):
         estimates: What profiling knows in advance, given this backend.
         clock: See `simrl.real_backend.clock`.
         on_step: Called with the number of learned steps.
+        checkpoints: Whether one is written after every update. Without one, the death of a rank ends the run.
+        checkpoint_folder: Where the newest is kept; None: among the run's own files, in memory, which go with it.
 
     Attributes:
         texts: Token ids of each response of an open step so far.
@@ -163,8 +167,12 @@ class RealBackend(ClusterBackend):
         estimates: Callable[[RealBackend], Estimates],
         clock: ClockName = "virtual",
         on_step: Callable[[int], None] | None = None,
+        *,
+        checkpoints: bool = True,
+        checkpoint_folder: Path | None = None,
     ) -> None:
         super().__init__(job, engine, nodes, gpus_per_node, work, recorder, on_step)
+        self._checkpoints, self._checkpoint_folder = checkpoints, checkpoint_folder
         self.hosts, self.content = hosts, content
         self._estimates, self._clock_name = estimates, clock
         self.max_batched_tokens = hosts.engine.max_num_batched_tokens
@@ -180,18 +188,20 @@ class RealBackend(ClusterBackend):
         self._prompts: dict[int, Sequence[int]] = {}
         self._scores: dict[int, TokenScores] = {}
         self._reward_of: dict[int, float] = {}
-        self._ranks: list[Any] = []
-        self._weights = {0: self.hosts.engine.model}
-        self._export_s = {0: 0.0}
-        self._run_folder = self.hosts.new_run()
-        return super().reset()
+        self._weights: dict[int, Learned] = {}  # by version; 0 is what was there
+        self._learning_process: simpy.Process | None = None
+        folder = self.hosts.new_run()
+        view = super().reset()
+        checkpoints = (self._checkpoint_folder or folder) if self._checkpoints else None
+        self._learner = Learner(self.hosts, self.clock, folder, checkpoints)
+        return view
 
     def new_environment(self) -> simpy.Environment:
         """The chosen clock's."""
         if self._clock_name == "virtual":
-            self.clock: Clock = VirtualClock(self.hosts.get)
+            self.clock: Clock = VirtualClock(self.hosts.result)
         else:
-            self.clock = WallClock(self.hosts.wait, self.hosts.get)
+            self.clock = WallClock(self.hosts.wait, self.hosts.result, CALL_TIMEOUT_S)
         return self.clock.env
 
     def new_function(self, decision: Start) -> RealFunction:
@@ -200,7 +210,7 @@ class RealBackend(ClusterBackend):
 
     def start_event(self, host: WarmHost) -> simpy.Event:
         """The start of a host: it is over on the wall, and takes what it took on the virtual clock."""
-        return self.env.timeout(host.start_s if self._clock_name == "virtual" else 0.0)
+        return self.clock.took(host.start_s)
 
     def new_rollouts(self, step: int, prompt: Prompt, lengths: Sequence[int]) -> Sequence[Rollout]:
         """Responses of a prompt, whose token ids are made here."""
@@ -246,8 +256,8 @@ class RealBackend(ClusterBackend):
 
     def newest_weights(self) -> tuple[int, str]:
         """The newest version of the learner's weights, and the folder that holds them."""
-        version = max(self._weights)
-        return version, self._weights[version]
+        learned = self._weights.get(self.version)
+        return self.version, learned.folder if learned else self.hosts.engine.model
 
     def batch_of(self, rollouts: Sequence[Rollout]) -> TrainingBatch:
         """Responses as the learner takes them, without scores."""
@@ -270,42 +280,34 @@ class RealBackend(ClusterBackend):
 
     def learn_work(self, functions: Sequence[ClusterFunction], state: StepState) -> Callable[[], simpy.Event]:
         """All ranks update together, one for each GPU; on the virtual clock for as long as the busiest computes."""
-        return lambda: self.env.process(self._learning(sum(function.gpus for function in functions), state))
+
+        def begin() -> simpy.Event:
+            self._learning_process = self.env.process(self._learning(sum(f.gpus for f in functions), state))
+            return self._learning_process
+
+        return begin
 
     def _learning(self, world: int, state: StepState) -> Process:
-        if not self._ranks:
-            yield from self._connect(world)
-        batch = self._prepared_batch(state)
-        if self.hosts.learner.algorithm == "ppo":
-            values = yield self._all_ranks("values", batch)
-            batch = batch.with_scores([timed.result for timed in values])
-        updates = yield self._all_ranks("update", batch, state.step)
-        self.learning.append(updates[0].result)
-        self.rewards.append(sum(batch.rewards) / len(batch))
-        version = self.version + 1
-        folder = str(self._run_folder / f"weights-{version}")
-        exports = self.hosts.get([rank.export_weights.remote(folder) for rank in self._ranks])
-        # Gathering and writing belong to the weight sync, which waits for it.
-        self._weights[version], self._export_s[version] = folder, self._busiest(exports)
+        version, batch = self.version + 1, self._prepared_batch(state)
+        wait = self._clock_name == "virtual" or version == self.job.steps
+        try:
+            learned = yield from self._learner.learn(world, version, batch, state.step, wait=wait)
+        except simpy.Interrupt:  # a function of the learner is lost
+            return
+        self.learning[version - 1 :] = [learned.stats]
+        self.rewards[version - 1 :] = [sum(batch.rewards) / len(batch)]
+        self._weights[version] = learned
+
+    def learner_lost(self) -> None:
+        """Its ranks end; others go on from the last checkpoint when the policy lets them."""
+        if self._learning_process is not None and self._learning_process.is_alive:
+            self._learning_process.interrupt()
+        self._learner.end()
+
+    def _close_step(self, state: StepState) -> None:
+        super()._close_step(state)
         for rollout in state.rollouts:
             del self._scores[rollout.response_id], self._reward_of[rollout.response_id]
-
-    def _connect(self, world: int) -> Process:
-        self._ranks = self.hosts.learners(world)
-        rendezvous = f"file://{self._run_folder / 'rendezvous'}"
-        settings = [replace(self.hosts.learner, rank=i, world=world, rendezvous=rendezvous) for i in range(world)]
-        yield self.clock.call(
-            lambda: [rank.connect.remote(mine) for rank, mine in zip(self._ranks, settings, strict=True)], self._busiest
-        )
-
-    def _all_ranks(self, method: str, *arguments: Any) -> simpy.Event:
-        return self.clock.call(
-            lambda: [getattr(rank, method).remote(*arguments) for rank in self._ranks], self._busiest
-        )
-
-    def _busiest(self, ranks: Sequence[Timed]) -> float:
-        """Ranks share this machine's cores, so that their wall time is not a cluster's; CPU time holds no waiting."""
-        return max(timed.cpu_s for timed in ranks)
 
     def _prepared_batch(self, state: StepState) -> TrainingBatch:
         batch = self.batch_of(state.rollouts)
@@ -318,21 +320,33 @@ class RealBackend(ClusterBackend):
         return lambda: self.env.process(self._syncing(behind, version))
 
     def _syncing(self, behind: Sequence[ClusterFunction], version: int) -> Process:
-        folder, hosts = self._weights[version], [f.host for f in behind if isinstance(f, RealFunction) and f.host]
-        export_s = self._export_s[version]
-        loads = [partial(host.actor.load_weights.remote, folder, version) for host in hosts]
-        yield self.clock.each(loads, lambda seconds: export_s + seconds)
-        if self.version == version:
-            self._verify([host.actor for host in hosts], version)
+        functions = [function for function in behind if isinstance(function, RealFunction) and function.host]
+        learned = self._weights.get(version)
+        folder, export_s = (learned.folder, learned.export_s) if learned else (self.hosts.engine.model, 0.0)
+        loads = [self.env.process(function.load_weights(folder, version, export_s)) for function in functions]
+        yield self.env.all_of(loads)
+        if learned is not None:
+            self._verify(functions, learned)
 
-    def _verify(self, engines: Sequence[Any], version: int) -> None:
+    def _verify(self, functions: Sequence[RealFunction], learned: Learned) -> None:
         """Compare the engines' log-probs of a text with the learner's; takes no time of the run."""
-        text = [FIRST_TOKEN_ID + (7 * i) % 200 for i in range(24)]
-        batch = TrainingBatch((text[:8],), (text[8:],), (0.0,), (0,))
-        scores = self.hosts.get([rank.log_probs.remote(batch) for rank in self._ranks])
-        expected = next(timed.result.old_log_probs[0] for timed in scores if timed.result.indices)
-        found = self.hosts.get([engine.log_probs.remote(text, 8) for engine in engines])
-        error = max(abs(float(a) - float(b)) for one in found for a, b in zip(one, expected, strict=True))
+        calls = [
+            (function, function.host.actor.log_probs.remote(PROBE, PROBE_PROMPT_TOKENS))
+            for function in functions
+            if function.host is not None
+        ]
+        errors = []
+        for function, call in calls:
+            try:
+                found = self.hosts.result(call)
+            except HostDied:
+                function.died()
+                continue
+            errors += [abs(float(a) - float(b)) for a, b in zip(found, learned.probe_log_probs, strict=True)]
+        if errors:
+            self._check_error(max(errors), learned.stats.weights_version)
+
+    def _check_error(self, error: float, version: int) -> None:
         self.weight_errors.append(error)
         if not error <= self.hosts.weight_tolerance:
             raise RuntimeError(

@@ -8,7 +8,7 @@ many functions share one core without slowing each other down, and a run on a la
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import simpy
@@ -19,8 +19,8 @@ class Clock(Protocol):
 
     env: simpy.Environment
 
-    def each(self, begins: Sequence[Callable[[], Any]], seconds: Callable[[Any], float]) -> simpy.Event:
-        """An event that fires when all of several independent pieces of work are done."""
+    def took(self, seconds: float) -> simpy.Event:
+        """What was waited for already, so long on the wall, takes its time."""
 
     def call(self, begin: Callable[[], Any], seconds: Callable[[Any], float]) -> simpy.Event:
         """An event whose value is what the work returned; *seconds* are read off that."""
@@ -42,10 +42,9 @@ class VirtualClock:
         result = self._get(begin())
         return self.env.timeout(seconds(result), value=result)
 
-    def each(self, begins: Sequence[Callable[[], Any]], seconds: Callable[[Any], float]) -> simpy.Event:
-        """One after the other, so that none slows another down; it lasts as long as the longest."""
-        results = [self._get(begin()) for begin in begins]
-        return self.env.timeout(max(map(seconds, results)), value=results)
+    def took(self, seconds: float) -> simpy.Event:
+        """It takes as long in the run."""
+        return self.env.timeout(seconds)
 
 
 class WallEnvironment(simpy.Environment):
@@ -54,13 +53,16 @@ class WallEnvironment(simpy.Environment):
     Args:
         wait: Waits for one of some calls, at most so many seconds (None: for ever); returns those that are done.
         get: The result of a call that is done.
+        limit_s: How long a call may take.
     """
 
-    def __init__(self, wait: Callable[[list[Any], float | None], list[Any]], get: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, wait: Callable[[list[Any], float | None], list[Any]], get: Callable[[Any], Any], limit_s: float
+    ) -> None:
         super().__init__()
         self._began_s = time.monotonic()
-        self._wait, self._get = wait, get
-        self._pending: dict[Any, simpy.Event] = {}
+        self._wait, self._get, self._limit_s = wait, get, limit_s
+        self._pending: dict[Any, tuple[simpy.Event, float]] = {}  # with the time at which it began
 
     def wall_s(self) -> float:
         """Seconds since it was made."""
@@ -69,7 +71,7 @@ class WallEnvironment(simpy.Environment):
     def future(self, call: Any) -> simpy.Event:
         """An event that fires when *call* is done, with its result; it fails with the call's error."""
         event = self.event()
-        self._pending[call] = event
+        self._pending[call] = event, self.wall_s()
         return event
 
     def step(self) -> None:
@@ -84,19 +86,29 @@ class WallEnvironment(simpy.Environment):
 
     def _collect(self, timeout_s: float | None) -> None:
         for call in self._wait(list(self._pending), timeout_s):
-            event = self._pending.pop(call)
+            event, _ = self._pending.pop(call)
             self._now = max(self.wall_s(), self._now)
             try:
                 event.succeed(self._get(call))
             except Exception as error:  # whatever the process says; the function that waits for it decides
-                event.fail(error)
+                self._fail(event, error)
+        for call, (event, began_s) in list(self._pending.items()):
+            if self.wall_s() > began_s + self._limit_s:
+                del self._pending[call]
+                self._fail(event, TimeoutError(f"a call to another process took more than {self._limit_s:g} s"))
+
+    def _fail(self, event: simpy.Event, error: Exception) -> None:
+        event.defused = not event.callbacks  # nobody waits for it any more
+        event.fail(error)
 
 
 class WallClock:
     """Calls side by side; see the module."""
 
-    def __init__(self, wait: Callable[[list[Any], float | None], list[Any]], get: Callable[[Any], Any]) -> None:
-        self.env: simpy.Environment = WallEnvironment(wait, get)
+    def __init__(
+        self, wait: Callable[[list[Any], float | None], list[Any]], get: Callable[[Any], Any], limit_s: float
+    ) -> None:
+        self.env: simpy.Environment = WallEnvironment(wait, get, limit_s)
 
     def call(self, begin: Callable[[], Any], seconds: Callable[[Any], float]) -> simpy.Event:
         """Begin the work; the event fires when it is over."""
@@ -106,9 +118,9 @@ class WallClock:
             return self.env.process(self._all([self.env.future(call) for call in calls]))
         return self.env.future(calls)
 
-    def each(self, begins: Sequence[Callable[[], Any]], seconds: Callable[[Any], float]) -> simpy.Event:
-        """All at once."""
-        return self.call(lambda: [begin() for begin in begins], seconds)
+    def took(self, seconds: float) -> simpy.Event:
+        """It is over."""
+        return self.env.timeout(0.0)
 
     def _all(self, events: list[simpy.Event]) -> Any:
         done = yield self.env.all_of(events)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
-from simrl.policies.contract import Role, Start
-from simrl.policies.runtime.function import ClusterFunction, Process, Serving
+from simrl.policies.contract import Role, Start, State
+from simrl.policies.runtime.function import ClusterFunction, HostDied, Process, Serving, Trip
 from simrl.policies.runtime.rollout import Rollout
 from simrl.real_backend.actors import WarmHost
 from simrl.real_backend.engine import StepReport
@@ -75,6 +75,31 @@ class RealFunction(ClusterFunction):
             self.cluster.hosts.give_back(self.host)
             self.host = None
 
+    def break_down(self) -> set[int]:
+        """Its host is dead, or ended: tokens are known up to its last report."""
+        there = self.engine_ids()
+        self._arrivals.clear()
+        self._on_engine.clear()
+        if self.host is not None:
+            self.cluster.hosts.discard(self.host)
+            self.host = None
+        return there
+
+    def drop(self, rollouts: Sequence[Rollout]) -> None:
+        """Nothing to do: KV that is sent lies in files."""
+
+    def load_weights(self, folder: str, version: int, export_s: float) -> Process:
+        """Take in weights whose export took so long; a host that dies of it is lost."""
+        try:
+            yield self._call("load_weights", folder, version, seconds=lambda seconds: export_s + seconds)
+        except HostDied:
+            self.died()
+
+    def died(self) -> None:
+        """Somebody else than its own process has found its host dead."""
+        if self.state is not State.GONE:
+            self.cluster.lose(self.name)
+
     def forget_prefixes(self) -> None:
         """Nothing to do: engines forget when they are parked and when they get new weights."""
 
@@ -94,21 +119,22 @@ class RealFunction(ClusterFunction):
         for rollouts, target, with_kv in removals:
             leaving = [rollout for response_id, rollout in rollouts.items() if response_id in self.engine_ids()]
             running = [rollout.response_id for rollout in leaving if rollout.response_id in self._on_engine]
+            trip = Trip(self)
+            trip.begin(leaving)
+            for rollout in leaving:
+                self._arrivals.pop(rollout.response_id, None)
+                self._on_engine.pop(rollout.response_id, None)
             if running:
                 self.generate()
                 moved = yield self._call("take_out", running, with_kv, seconds=lambda moved: moved.seconds)
                 self.cluster.kv_bytes_saved += moved.bytes
-            for rollout in leaving:
-                self._arrivals.pop(rollout.response_id, None)
-                self._on_engine.pop(rollout.response_id, None)
             if leaving:
-                self.sending(self._move(leaving, target))
+                self.sending(self._move(leaving, target, trip))
 
-    def _move(self, rollouts: Sequence[Rollout], target: Serving) -> Process:
+    def _move(self, rollouts: Sequence[Rollout], target: Serving, trip: Trip) -> Process:
         """What moves are token ids; KV lies in files, which the target's engine reads."""
-        if not target.function.ready.processed:
-            yield target.function.ready
-        target.deliver(rollouts)
+        yield from self.reaches(target.function)
+        trip.end(rollouts, target)
 
     def iterate(self) -> Process:
         """A few iterations of the engine, up to a completion."""
@@ -154,9 +180,12 @@ class RealFunction(ClusterFunction):
 
     def send_prefix(self, groups: Sequence[Sequence[Rollout]], target: ClusterFunction) -> Process:
         """The KV lies in files already; the target's engine reads it when the response arrives."""
+        yield from ()
+
+    def prefix_sent(self, groups: Sequence[Sequence[Rollout]]) -> None:
+        """The target's engine says itself what it found."""
         for group in groups:
             group[0].computed_tokens += group[0].prompt_tokens
-        yield from ()
 
     def prepare_work(self, rollouts: Sequence[Rollout], *, loaded: bool) -> simpy.Event:
         """Rewards, and log-probs under the learner's newest weights."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,22 +55,46 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The console script: runs a command and returns the exit code, 0, 2 (the user can mend it) or 130 (Ctrl-C).
+    """The console script: runs a command and returns the exit code.
 
+    0, 1 (another process died), 2 (the user can mend it), 128 + the number of a signal that ended it: 130 after Ctrl-C.
     Any other exception is a bug, ours or a policy's, and keeps its traceback (exit code 1).
     """
-    try:
-        code = app(arguments, standalone_mode=False, prog_name="simrl")
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except Exception as error:
-        message = _user_message(error)
-        if message is None:
-            raise
-        return _fail(message, 2)
+    with _signals_as_interrupts() as received:
+        try:
+            code = app(arguments, standalone_mode=False, prog_name="simrl")
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except Exception as error:
+            failure = _user_message(error)
+            if failure is None:
+                raise
+            return _fail(*failure)
+    if received:
+        return _fail(f"ended by {signal.Signals(received[0]).name}", 128 + received[0])
     if code == INTERRUPTED:  # typer >= 0.26 returns it in place of raising Abort
         return _fail("interrupted", INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _signals_as_interrupts() -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: what it started is ended. The list gets what came."""
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+        before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str, code: int) -> int:
@@ -75,22 +102,30 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _user_message(error: Exception) -> str | None:
-    """What to tell the user about an error that they can mend; None for a bug."""
+def _user_message(error: Exception) -> tuple[str, int] | None:
+    """What to tell the user about an error that is no bug, and the exit code."""
     if isinstance(error, UsageError):
-        return str(error.format_message())  # type: ignore[attr-defined]
+        return str(error.format_message()), 2  # type: ignore[attr-defined]
     from simrl.experiments.config import ConfigError
     from simrl.experiments.run import RunDirectoryError
     from simrl.policies.check import PolicyCheckFailed
     from simrl.policies.contract import InvalidDecision, PolicyStalled
+    from simrl.real_backend.learner_settings import LearnerLost
+    from simrl.real_backend.ray_cluster import ClusterError, death, last_line
     from simrl.simulator.costs import DoesNotFit
     from simrl.traces.profile import ProfileError
 
     theirs = (InvalidDecision, PolicyStalled, PolicyCheckFailed)
-    mendable = (ConfigError, DoesNotFit, ProfileError, RunDirectoryError, *theirs)
-    if not isinstance(error, mendable):
-        return None
-    return ": ".join([*getattr(error, "__notes__", ()), str(error)])
+    mendable = (ClusterError, ConfigError, DoesNotFit, ProfileError, RunDirectoryError, *theirs)
+    if isinstance(error, mendable):
+        return ": ".join([*getattr(error, "__notes__", ()), str(error)]), 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no space to write {error.filename or 'files'}: {error.strerror}", 2
+    profiler = sys.modules.get("simrl.real_backend.profiler")  # too much to import for this
+    if isinstance(error, (TimeoutError, LearnerLost, *([profiler.ProfilingFailed] if profiler else []))):
+        return last_line(error), 1
+    died = death(error)
+    return None if died is None else (died, 1)
 
 
 @app.callback(invoke_without_command=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import simpy
 
-from simrl.policies.contract import Role
-from simrl.policies.runtime.function import ClusterFunction, Process, Serving
+from simrl.policies.contract import Role, State
+from simrl.policies.runtime.function import ClusterFunction, Process, Serving, Trip
 from simrl.policies.runtime.rollout import Rollout
 from simrl.simulator.engine import Engine, Request, Span
 from simrl.traces.streams import stream
@@ -83,6 +83,23 @@ class SimFunction(ClusterFunction):
     def end(self) -> None:
         """Nothing is left to do."""
 
+    def break_down(self) -> set[int]:
+        """Responses leave the engine with the tokens of the iterations that are over."""
+        if self.engine is None:
+            return set()
+        self.catch_up()
+        completed, self._span, now = self._completed(), None, self.cluster.env.now
+        if completed:
+            self._advance(Span(completed, now - self._span_start_s), self._span_start_s)
+        there = self.engine_ids()
+        self.engine.abort(there)
+        return there
+
+    def drop(self, rollouts: Sequence[Rollout]) -> None:
+        """Free the blocks that were kept for sending their KV."""
+        if self.engine is not None:
+            self.engine.give_back([rollout for rollout in rollouts if isinstance(rollout, Request)])
+
     def forget_prefixes(self) -> None:
         """Empty the engine's prefix cache."""
         if self.engine is not None:
@@ -109,19 +126,22 @@ class SimFunction(ClusterFunction):
         for rollouts, target, with_kv in removals:
             leaving = self.engine.remove(rollouts.keys())
             if leaving:
-                self.sending(self._move(leaving, target, with_kv))
+                trip = Trip(self)
+                trip.begin(leaving)
+                self.sending(self._move(leaving, target, with_kv, trip))
         yield from ()  # nothing of this takes time
 
-    def _move(self, requests: Sequence[Request], target: Serving, with_kv: bool) -> Process:
+    def _move(self, requests: Sequence[Request], target: Serving, with_kv: bool, trip: Trip) -> Process:
         """Move responses out of the engine to *target*; their blocks are free once the KV has left."""
         assert self.engine is not None
         if with_kv:
             yield from self._transfer(sum(request.kv_tokens for request in requests), target.function)
-        self.engine.give_back(requests)
+        rest = trip.still(requests)
+        self.drop(rest)
         if not with_kv:
-            for request in requests:
-                request.kv_tokens = 0
-        target.deliver(requests)
+            for rollout in rest:
+                rollout.kv_tokens = 0
+        trip.end(rest, target)
 
     def iterate(self) -> Process:
         """A span of the engine's, cut short at the end of an iteration if there is something to see to."""
@@ -138,6 +158,8 @@ class SimFunction(ClusterFunction):
             self._interruptible = True
             yield env.timeout(span.seconds)
         except simpy.Interrupt:
+            if self.state is State.GONE:
+                raise
             yield env.timeout(self._boundary_s())
         self._interruptible = False
         self.cluster.ahead.pop(self.name, None)
@@ -173,8 +195,8 @@ class SimFunction(ClusterFunction):
             self.cluster.rollouts_finished(self, finished, ends)
 
     def _transfer(self, kv_tokens: int, target: ClusterFunction) -> Process:
-        if not target.ready.processed:
-            yield target.ready
+        if not (yield from self.reaches(target)):
+            return
         assert self.node is not None
         assert target.node is not None
         yield self.cluster.network.send(self.node, target.node, kv_tokens, min(self.gpus, target.gpus))
@@ -188,8 +210,11 @@ class SimFunction(ClusterFunction):
 
     def send_prefix(self, groups: Sequence[Sequence[Rollout]], target: ClusterFunction) -> Process:
         """Whole blocks travel; the last prompt token is computed where its logits are needed."""
-        block = self.cluster.costs.block_tokens
         yield from self._transfer(sum(group[0].prompt_tokens for group in groups), target)
+
+    def prefix_sent(self, groups: Sequence[Sequence[Rollout]]) -> None:
+        """What their target finds there."""
+        block = self.cluster.costs.block_tokens
         for group in groups:
             group[0].computed_tokens += group[0].prompt_tokens
             for rollout in group:

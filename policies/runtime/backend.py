@@ -24,6 +24,7 @@ from simrl.policies.contract import (
     Decision,
     Estimates,
     FinishedStep,
+    FunctionLost,
     InvalidDecision,
     Learn,
     Migrate,
@@ -119,6 +120,9 @@ class ClusterBackend(ABC):
     @abstractmethod
     def sync_work(self, behind: Sequence[ClusterFunction], version: int) -> Callable[[], simpy.Event]:
         """What begins sending weights of *version* to the engines of *behind*."""
+
+    def learner_lost(self) -> None:  # noqa: B027
+        """A function of the learner is lost, and with it what the learner has in memory."""
 
     # --- the Backend protocol ---
 
@@ -348,11 +352,12 @@ class ClusterBackend(ABC):
         function.unfinished[rollout.response_id] = owner.unfinished.pop(rollout.response_id)
         owner.poke()
 
-    def prepared(self, rollouts: Sequence[Rollout]) -> None:
-        """Book prepared responses."""
+    def prepared(self, function: ClusterFunction, rollouts: Sequence[Rollout]) -> None:
+        """Book responses that *function* has prepared."""
         now = self.env.now
         for rollout in rollouts:
             rollout.prepared_s = now
+            del function.preparing[rollout.response_id]
         for step, count in Counter(map(STEP, rollouts)).items():
             self.steps[step].unprepared -= count
         # In the order of the steps, as `Learn` takes the oldest.
@@ -375,6 +380,123 @@ class ClusterBackend(ABC):
             # The step that is now the oldest may have been below before.
             self.triggers.fire_unfinished_below(self.steps)
             self._open_steps()
+
+    # --- losses ---
+
+    def lose(self, name: str) -> None:
+        """A function is dead, at this moment: undo what it had not finished, and tell the policy.
+
+        Raises:
+            ValueError: There is no such function.
+        """
+        function = self.functions.get(name)
+        if function is None or function.state is State.GONE:
+            raise ValueError(f"there is no function {name!r} to lose")
+        self.catch_up()
+        responses = self._lose_responses(function)
+        self._lose_preparation(function)
+        learner = "learn" in function.roles and self._planned[name] != "gone"
+        self._planned[name] = "gone"
+        self._parked_bytes.pop(name, None)
+        self.ahead.pop(name, None)
+        function.die()
+        self.triggers.events.append(FunctionLost(name, responses))
+        if learner:
+            self._learner_gpus -= function.gpus
+            self._lose_learner()
+        for gang in function.gangs:
+            gang.leave(function)
+
+    def _lose_responses(self, function: ClusterFunction) -> tuple[int, ...]:
+        """Take all responses off *function*; returns those that are unassigned again."""
+        there = function.break_down()
+        staying = self._not_left_yet(function)
+        lost, arriving = [], []
+        for rollout in self.rollouts.values():
+            response_id = rollout.response_id
+            if response_id in there or (response_id in function.unfinished and response_id not in staying):
+                lost.append(rollout)
+            elif rollout.trip is not None and rollout.trip.source is function:
+                arriving.append(rollout)
+        for response_id, source in staying.items():
+            self._never_leaves(self.rollouts[response_id], source)
+        for rollout in arriving:
+            self._arrives_without_kv(rollout)
+        for rollout in lost:
+            self._unassign(rollout, function)
+        return tuple(rollout.response_id for rollout in lost)
+
+    def _not_left_yet(self, function: ClusterFunction) -> dict[int, ClusterFunction]:
+        """Responses that were to move to *function* and are still in the engines of others."""
+        return {
+            response_id: source
+            for source in self.functions.values()
+            if source is not function
+            for response_id in source.leaving()
+            if response_id in function.unfinished
+        }
+
+    def _never_leaves(self, rollout: Rollout, source: ClusterFunction) -> None:
+        """Its target is lost: it stays where it is."""
+        self._stays(rollout, source)
+        source.keep(rollout)
+
+    def _arrives_without_kv(self, rollout: Rollout) -> None:
+        """The source of its KV is lost."""
+        assert rollout.trip is not None
+        assert rollout.serving is not None
+        rollout.trip.source.drop([rollout])
+        rollout.kv_tokens = 0
+        rollout.trip.end([rollout], rollout.serving)
+
+    def _unassign(self, rollout: Rollout, lost: ClusterFunction) -> None:
+        """Its tokens so far are known, its KV is lost."""
+        assert rollout.function is not None
+        assert rollout.serving is not None
+        if rollout.trip is not None:
+            rollout.trip.source.drop([rollout])
+        owner = self.functions[rollout.function]
+        del owner.unfinished[rollout.response_id]
+        self._count(owner, rollout.step, -1)
+        if owner is not lost:  # it was to move there
+            rollout.serving.expected -= 1
+            owner.poke()
+        rollout.function = rollout.serving = rollout.trip = None
+        rollout.kv_tokens = 0
+        self.unassigned[rollout.response_id] = None
+
+    def _lose_preparation(self, function: ClusterFunction) -> None:
+        """What it was to prepare is unprepared again."""
+        self.unprepared.update(dict.fromkeys(function.preparing))
+        for step in sorted({rollout.step for rollout in function.preparing.values()}):
+            if not self.steps[step].unfinished:
+                self.triggers.stage_finished_again("generation", step)
+        function.preparing.clear()
+
+    def _lose_learner(self) -> None:
+        """Nothing is learned now; the next `Learn` goes on from the newest version, wherever it is sharded then."""
+        self._shards_placed = False
+        for state in self.steps.values():
+            if state.learning:
+                state.learning = False
+                self.triggers.stage_finished_again("preparation", state.step)
+        gangs = dict.fromkeys(gang for function in self.functions.values() for gang in function.gangs)
+        for function in self.functions.values():
+            for gang in [gang for gang in function.gangs if gang.learns]:
+                function.abort(gang)
+        for gang in gangs:
+            if gang.after is not None and not gang.after.triggered:
+                self._sync_what_there_is(gang)
+        self.learner_lost()
+
+    def _sync_what_there_is(self, gang: Gang) -> None:
+        """The weights that a sync was to wait for will come later than it: it takes the newest that there are."""
+        gang.after, gang.begin = None, self.sync_work(gang.behind, self.version)
+        for function in gang.behind:
+            self.planned_version[function.name] = self.version
+            for rollout in function.unfinished.values():
+                rollout.weights_version = min(rollout.weights_version, self.version)
+        gang.go_if_complete()
 
     # --- decisions ---
 
@@ -570,6 +692,7 @@ class ClusterBackend(ABC):
             del self.unprepared[response_id]
         for function, share in zip(functions, balanced_shares(rollouts, [f.gpus for f in functions]), strict=True):
             if share:
+                function.preparing.update((rollout.response_id, rollout) for rollout in share)
                 function.add_task(function.prepare(share))
 
     def _distinct(
@@ -589,10 +712,14 @@ class ClusterBackend(ABC):
         if set(decision.functions) != everyone:
             reason = f"the learner's state is sharded over {len(everyone)} functions and {len(functions)} are named"
             raise InvalidDecision(decision, reason, f"all of {_some(sorted(everyone))}")
+        if not self._shards_placed:  # some may be lost and not replaced
+            for function in functions:
+                self._check_fit(decision, function)
         state.learning = self._shards_placed = True
-        gang = Gang(len(functions), self.env.event(), self.learn_work(functions, state))
-        self._learned[self.version + sum(s.learning for s in self.steps.values())] = self.env.event()
+        gang = Gang(functions, self.env.event(), self.learn_work(functions, state), learns=True)
+        self._learned.setdefault(self.version + sum(s.learning for s in self.steps.values()), self.env.event())
         for function in functions:
+            function.gangs.append(gang)
             function.add_task(function.learn(gang, state.step))
 
     def _sync(self, decision: Sync) -> None:
@@ -606,8 +733,10 @@ class ClusterBackend(ABC):
         parked = [function.name for function in senders if self._planned[function.name] == "parked"]
         if parked:
             raise InvalidDecision(decision, f"learners {_some(parked)} are parked", "Wake them: they hold the weights")
-        members = len(behind) + len(senders)
-        gang = Gang(members, self.env.event(), self.sync_work(behind, newest), self._learned.get(newest))
+        members, work = [*behind, *senders], self.sync_work(behind, newest)
+        gang = Gang(members, self.env.event(), work, self._learned.get(newest), behind)
+        for function in members:
+            function.gangs.append(gang)
         for function in behind:
             self.planned_version[function.name] = newest
             function.add_task(function.sync(gang, self._next_step - 1))

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Process = Generator[simpy.Event, Any, Any]
 
 
+class HostDied(RuntimeError):
+    """The process that a function ran in is no more."""
+
+
 @dataclass(slots=True, eq=False)
 class Serving:
     """A task: generate what arrives until nothing is left and nothing is under way."""
@@ -42,29 +46,75 @@ class Serving:
 
 
 @dataclass(slots=True, eq=False)
+class Trip:
+    """Responses under way from *source*, or whose prompts it computes; what is lost meanwhile is no longer on it."""
+
+    source: ClusterFunction
+
+    def begin(self, rollouts: Iterable[Rollout]) -> None:
+        """They set out."""
+        for rollout in rollouts:
+            rollout.trip = self
+
+    def still(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
+        """Those that are on it."""
+        return [rollout for rollout in rollouts if rollout.trip is self]
+
+    def end(self, rollouts: Iterable[Rollout], target: Serving) -> None:
+        """Those that are on it arrive."""
+        arriving = self.still(rollouts)
+        for rollout in arriving:
+            rollout.trip = None
+        if arriving:
+            target.deliver(arriving)
+
+
+@dataclass(slots=True, eq=False)
 class Gang:
     """Functions that do something together: it begins when all are there, and when *after* has fired.
 
     Attributes:
-        members: How many.
+        members: All that take part; those that are lost leave.
         go: Fires when all are there.
         begin: Begins the work; the event fires when it is done.
         after: What it has to wait for.
+        behind: Of a sync, those that take the weights.
+        learns: Whether it learns.
+        aborted: It will not begin, or not be finished.
     """
 
-    members: int
+    members: list[ClusterFunction]
     go: simpy.Event
     begin: Callable[[], simpy.Event]
     after: simpy.Event | None = None
-    arrived: int = 0
+    behind: Sequence[ClusterFunction] = ()
+    learns: bool = False
+    aborted: bool = False
+    arrived: list[ClusterFunction] = field(default_factory=list)
     done: int = 0
     _work: simpy.Event | None = None
 
-    def wait_for_weights(self) -> Process:
-        """Let the gang go once *after* has fired."""
-        assert self.after is not None
-        yield self.after
-        self.go.succeed()
+    def go_if_complete(self) -> None:
+        """Begin, or wait for *after*, once all are there."""
+        if len(self.arrived) < len(self.members) or self.go.triggered:
+            return
+        if self.after is None or self.after.processed:
+            self.go.succeed()
+        else:
+            self.go.env.process(self._wait(self.after))
+
+    def _wait(self, after: simpy.Event) -> Process:
+        yield after
+        if not self.go.triggered:
+            self.go.succeed()
+
+    def leave(self, function: ClusterFunction) -> None:
+        """Go on without a member that is lost."""
+        self.members.remove(function)
+        if function in self.arrived:
+            self.arrived.remove(function)
+        if self.members:
+            self.go_if_complete()
 
     def work(self) -> simpy.Event:
         """What its members do, begun by the first who asks."""
@@ -93,11 +143,15 @@ class ClusterFunction(ABC):
         self.unfinished_by_step: dict[int, int] = {}
         self.ready = cluster.env.event()
         self.removals: list[tuple[dict[int, Rollout], Serving, bool]] = []
+        self.preparing: dict[int, Rollout] = {}  # asked to prepare, and not done
+        self.gangs: list[Gang] = []  # that it is to take part in, or does
         self._tasks: deque[Process | Serving] = deque()
         self._serving: Serving | None = None
         self._sending = 0
         self._wake_up = cluster.env.event()
         self._interruptible = False
+        self._learning: Gang | None = None  # that it is with
+        self._lease: simpy.Event | None = None  # asked for
         self._stage: Stage | None = None
         self._interval: tuple[str, Stage | None, float] | None = None
         self._after = "started"
@@ -131,7 +185,11 @@ class ClusterFunction(ABC):
 
     @abstractmethod
     def send_prefix(self, groups: Sequence[Sequence[Rollout]], target: ClusterFunction) -> Process:
-        """Send the KV of prompts, and note with the responses what the target need not compute."""
+        """Send the KV of prompts."""
+
+    @abstractmethod
+    def prefix_sent(self, groups: Sequence[Sequence[Rollout]]) -> None:
+        """Note with the responses what their target need not compute."""
 
     @abstractmethod
     def prepare_work(self, rollouts: Sequence[Rollout], *, loaded: bool) -> simpy.Event:
@@ -152,6 +210,14 @@ class ClusterFunction(ABC):
     @abstractmethod
     def end(self) -> None:
         """It is released: nothing of it is needed any more."""
+
+    @abstractmethod
+    def break_down(self) -> set[int]:
+        """It is lost: book the iterations that are over; returns the responses that were in the engine."""
+
+    @abstractmethod
+    def drop(self, rollouts: Sequence[Rollout]) -> None:
+        """Keep nothing more of responses that were under way from here."""
 
     @abstractmethod
     def slots(self) -> int:
@@ -206,8 +272,17 @@ class ClusterFunction(ABC):
         """Responses in the engine that are to leave at the end of the iteration."""
         return {response_id for rollouts, _, _ in self.removals for response_id in rollouts}
 
+    def keep(self, rollout: Rollout) -> None:
+        """Let a response stay in the engine that was to leave it."""
+        assert self._serving is not None, "responses are in an engine while it serves"
+        rollout.serving = self._serving
+        for leaving, _, _ in self.removals:
+            leaving.pop(rollout.response_id, None)
+
     def poke(self) -> None:
         """Look at the queues again: at the end of the current iteration, or at once when waiting."""
+        if self.state is State.GONE:
+            return
         if self._interruptible:
             self._interruptible = False
             self.process.interrupt()
@@ -217,7 +292,19 @@ class ClusterFunction(ABC):
     # --- life ---
 
     def life(self) -> Process:
+        """Live until released or lost."""
+        try:
+            yield from self._live()
+        except simpy.Interrupt:
+            assert self.state is State.GONE, "only those that are lost are interrupted anywhere"
+        except HostDied:
+            if self.state is not State.GONE:
+                self.cluster.lose(self.name)
+
+    def _live(self) -> Process:
         """Lease, start, then work off tasks until released."""
+        if self.state is State.GONE:  # lost before it began
+            return
         yield from self._start()
         while self.state is not State.GONE:
             if not self._tasks:
@@ -267,8 +354,15 @@ class ClusterFunction(ABC):
             self._enter("cold")
             yield work
 
+    def _take_gpus(self, node: int | None) -> Process:
+        """Wait for GPUs; returns their node and indices."""
+        self._lease = self.cluster.pool.lease(self.gpus, node)
+        granted = yield self._lease
+        self._lease = None
+        return granted
+
     def _start(self) -> Process:
-        self.node, self.gpu_ids = yield self.cluster.pool.lease(self.gpus, self.wanted_node)
+        self.node, self.gpu_ids = yield from self._take_gpus(self.wanted_node)
         self._enter("cold")
         yield from self.start_up()
         self.ready.succeed()
@@ -328,20 +422,34 @@ class ClusterFunction(ABC):
 
     def prefill_for(self, groups: Sequence[Sequence[Rollout]], target: Serving) -> Process:
         """A task: prefill each group's prompt once, piece by piece, and send the KV to *target*."""
+        trip = Trip(self)
+        for group in groups:
+            trip.begin(group)
+        return self._prefill_for(groups, target, trip)
+
+    def _prefill_for(self, groups: Sequence[Sequence[Rollout]], target: Serving, trip: Trip) -> Process:
         yield from self._switch("prefill")
-        for piece in _pieces(groups, self.cluster.max_batched_tokens):
-            steps = {group[0].step for group in piece}
-            self.cluster.generating(steps)
-            yield from self._work("generation", self.prefill(piece), steps)
-            self.sending(self._send_prefix(piece, target))
+        for planned in _pieces(groups, self.cluster.max_batched_tokens):
+            piece = _still(planned, trip)
+            if piece:
+                steps = {group[0].step for group in piece}
+                self.cluster.generating(steps)
+                yield from self._work("generation", self.prefill(piece), steps)
+                self.sending(self._send_prefix(piece, target, trip))
         self._after = "drained"
 
-    def _send_prefix(self, groups: Sequence[Sequence[Rollout]], target: Serving) -> Process:
-        if not target.function.ready.processed:
-            yield target.function.ready
-        yield from self.send_prefix(groups, target.function)
+    def _send_prefix(self, groups: Sequence[Sequence[Rollout]], target: Serving, trip: Trip) -> Process:
+        if (yield from self.reaches(target.function)):
+            yield from self.send_prefix(groups, target.function)
+            self.prefix_sent(_still(groups, trip))
         for group in groups:
-            target.deliver(group)
+            trip.end(group, target)
+
+    def reaches(self, target: ClusterFunction) -> Process:
+        """Wait until *target* can take KV; returns whether it is still there."""
+        if not target.ready.processed:
+            yield target.ready
+        return target.state is not State.GONE
 
     # --- the other stages ---
 
@@ -352,23 +460,43 @@ class ClusterFunction(ABC):
         work = self.prepare_work(rollouts, loaded=loaded)
         yield from self._work("preparation", work, {rollout.step for rollout in rollouts})
         self._after = "prepared"
-        self.cluster.prepared(rollouts)
+        self.cluster.prepared(self, rollouts)
 
     def learn(self, gang: Gang, step: int) -> Process:
-        """A task: learn together with the rest of *gang*."""
-        yield from self._switch("learn")
-        yield from self._gather(gang)
-        yield from self._work("learning", gang.work(), {step})
+        """A task: learn together with the rest of *gang*, unless one of them is lost."""
+        if not gang.aborted:
+            yield from self._switch("learn")
+        if gang.aborted:
+            return
+        self._learning = gang
+        try:
+            yield from self._gather(gang)
+            yield from self._work("learning", gang.work(), {step})
+        except simpy.Interrupt:
+            if self.state is State.GONE:
+                raise
+            return
+        finally:
+            self._learning = None
         self._after = "learned"
+        self.gangs.remove(gang)
         gang.done += 1
-        if gang.done == gang.members:
+        if gang.done == len(gang.members):
             self.cluster.learned()
+
+    def abort(self, gang: Gang) -> None:
+        """Go on without learning: another member is lost."""
+        self.gangs.remove(gang)
+        gang.aborted = True
+        if self._learning is gang and self.state is not State.GONE:
+            self.process.interrupt()
 
     def sync(self, gang: Gang, step: int) -> Process:
         """A task: take the learner's newest weights into the engine."""
         yield from self._switch("decode" if "decode" in self.roles else "prefill")
         yield from self._gather(gang)
         yield from self._work("weight_sync", gang.work(), {step})
+        self.gangs.remove(gang)
         self.forget_prefixes()
         self._after = "synced"
 
@@ -376,16 +504,13 @@ class ClusterFunction(ABC):
         """A task: give the learner's shards to a sync that this function's own engine has no need of."""
         yield from self._gather(gang)
         yield from self._work("weight_sync", gang.work(), {step})
+        self.gangs.remove(gang)
         self._after = "synced"
 
     def _gather(self, gang: Gang) -> Process:
         """Wait for the rest of the gang, idle."""
-        gang.arrived += 1
-        if gang.arrived == gang.members:
-            if gang.after is None or gang.after.processed:
-                gang.go.succeed()
-            else:
-                self.cluster.env.process(gang.wait_for_weights())
+        gang.arrived.append(self)
+        gang.go_if_complete()
         if not gang.go.triggered:
             self._enter("idle", self._stage)
             self.state = State.IDLE
@@ -405,7 +530,7 @@ class ClusterFunction(ABC):
     def wake(self) -> Process:
         """A task: come back onto GPUs of the same node."""
         self.state = State.STARTING
-        node, gpu_ids = yield self.cluster.pool.lease(self.gpus, self.node)
+        node, gpu_ids = yield from self._take_gpus(self.node)
         self._enter(None)  # parked until here, without GPUs
         self.node, self.gpu_ids = node, gpu_ids
         yield from self.cold(self.wake_work())
@@ -420,11 +545,35 @@ class ClusterFunction(ABC):
         self._enter(None)
         self.state = State.GONE
 
+    def die(self) -> None:
+        """End at this moment, whatever it is at; its GPUs are free again."""
+        self._enter(None)
+        self.state = State.GONE
+        if self._lease is not None:
+            self.cluster.pool.withdraw(self._lease)
+            self._lease = None
+        elif self.gpu_ids:
+            self._let_go()
+        self._tasks.clear()
+        self.removals.clear()
+        if not self.ready.triggered:
+            self.ready.succeed()  # nobody need wait for it any more
+        if self.process is not self.cluster.env.active_process:
+            target = self.process.target
+            if target is not None:
+                target.defused = True  # what it was at may still fail
+            self.process.interrupt()
+
     def _let_go(self) -> None:
         self._enter(None)
         assert self.node is not None
         self.cluster.pool.give_back(self.node, self.gpu_ids)
         self.gpu_ids = ()
+
+
+def _still(groups: Sequence[Sequence[Rollout]], trip: Trip) -> list[list[Rollout]]:
+    """What of *groups* is still on its way."""
+    return [rest for group in groups if (rest := trip.still(group))]
 
 
 def _pieces(groups: Sequence[Sequence[Rollout]], max_tokens: int) -> list[list[Sequence[Rollout]]]:

@@ -43,6 +43,15 @@ class GpuPool:
         self._grant()
         return waiting.granted
 
+    def withdraw(self, lease: simpy.Event) -> None:
+        """Forget a request, or end the lease if it is granted already."""
+        if lease.triggered:
+            node, gpu_ids = lease.value  # type: ignore[misc]
+            self.give_back(node, gpu_ids)
+            return
+        self._queue = deque(waiting for waiting in self._queue if waiting.granted is not lease)
+        self._grant()  # those that it held up
+
     def give_back(self, node: int, gpu_ids: Gpus) -> None:
         """End a lease."""
         state = self.nodes[node]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from simrl.policies.runtime.function import Serving
+    from simrl.policies.runtime.function import Serving, Trip
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +35,7 @@ class Rollout:
     step: int = 0
     function: str | None = None
     serving: Serving | None = None  # where it is, or is under way to
+    trip: Trip | None = None  # while it is under way
     weights_version: int = 0
     assigned_s: float = 0.0
     finished_s: float | None = None

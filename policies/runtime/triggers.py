@@ -76,6 +76,11 @@ class Triggers:
         if StageFinished(stage) in self._subscribed:
             self.events.append(StageFinished(stage, step))
 
+    def stage_finished_again(self, stage: Stage, step: int) -> None:
+        """A stage was over, and what it led to is undone."""
+        if StageFinished(stage, step) not in self.events:
+            self.stage_finished(stage, step)
+
     def completions_ahead(self, open_steps: Mapping[int, StepState], function: ClusterFunction) -> int:
         """Completions on *function* up to the first that may fire a trigger or be the last of a step."""
         if self._every:

@@ -21,7 +21,7 @@ import pandas as pd
 from simrl.experiments.config import Config, ConfigError, load_config
 from simrl.experiments.run import policy_of, work_of
 from simrl.policies.contract import drive
-from simrl.real_backend.actors import HostPool
+from simrl.real_backend.actors import HostPool, Place
 from simrl.real_backend.backend import ClockName, RealBackend, Replay
 from simrl.real_backend.engine import EngineSettings
 from simrl.real_backend.learner_settings import LearnerSettings
@@ -194,6 +194,8 @@ def run_validation(
     gpus: int,
     repeats: int,
     address: str | None,
+    folder: Path | None,
+    interface: str | None,
     config_file: str | None,
     sets: Sequence[str],
     steps: int | None,
@@ -219,15 +221,24 @@ def run_validation(
             f"--gpus {gpus} on the wall clock: this machine has {cores} cores, and a function needs one; give fewer, or"
             " --clock virtual"
         )
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--folder {folder}: must be a folder that exists")
     preset = PRESET if device == "cpu" else ()
     config = load_config(config=config_file, sets=[*preset, *sets], steps=steps, seed=seed, policies=list(policies))
+    if config.cluster.nodes > 1 and (address is None or folder is None):
+        raise ConfigError(
+            f"cluster.nodes={config.cluster.nodes}: several nodes are a Ray cluster (--address) with a folder that"
+            " all of them see (--folder)"
+        )
     measured = load_profile(profile) if profile is not None else None
-    with tempfile.TemporaryDirectory(prefix="simrl-") as folder:
-        name, place = (TINY, folder) if model == TINY else (Path(model).resolve().name, model)
+    with tempfile.TemporaryDirectory(prefix="simrl-", dir=folder) as model_folder:
+        name, place = (TINY, model_folder) if model == TINY else (Path(model).resolve().name, model)
         if model == TINY:
-            write_tiny(folder)
+            write_tiny(model_folder)
         engine, learner = _settings(device, place, measured, config)
-        with HostPool(engine, learner, cpus_per_host=int(chosen == "wall"), address=address) as hosts:
+        learner = replace(learner, interface="lo" if address is None else interface)
+        cpus = int(device == "cpu" and chosen == "wall")
+        with HostPool(engine, learner, cpus_per_host=cpus, address=address, folder=folder) as hosts:
             if measured is None:
                 progress("profiling this machine")
                 measured = measure(hosts, name, chosen, gpus)
@@ -248,6 +259,7 @@ def _real(config: Config, oracle: Oracle, costs: ProfiledCosts, site: Site, repe
         config.job, config.engine, nodes, site.gpus, work_of(config, oracle), recorder, site.hosts,
         Replay(config.seed, VOCABULARY),
         lambda real: ProfiledEstimates(costs, real.learner_world() or None, real.typical_context()), site.clock,
+        checkpoints=False,
     )  # fmt: skip
     before_s = probe(site)
     drive(backend, policy_of(config, oracle))
@@ -259,7 +271,9 @@ def _real(config: Config, oracle: Oracle, costs: ProfiledCosts, site: Site, repe
 def probe(site: Site) -> float:
     """Seconds of the profile's fixed replay, now, on as many engines in turn."""
     site.hosts.new_run()  # all hosts are idle
-    hosts = [site.hosts.take() for _ in range(min(site.profile.engines, site.gpus))]
+    gpus = site.profile.engine.tensor_parallel
+    places = [Place(0, tuple(range(i * gpus, (i + 1) * gpus))) for i in range(min(site.profile.engines, site.gpus))]
+    hosts = [site.hosts.take_ready(place) for place in places]
     seconds = mean_s(Player(site.hosts, 0).probe([host.actor for host in hosts], site.clock))
     site.hosts.new_run()
     return seconds

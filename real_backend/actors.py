@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from simrl.policies.runtime.function import HostDied
 from simrl.real_backend.batch import TokenScores, TrainingBatch
 from simrl.real_backend.engine import EngineSettings, StepReport, VllmEngine, Work
 from simrl.real_backend.learner_settings import LearnerLost, LearnerSettings
-from simrl.real_backend.ray_cluster import death, last_line, no_space, open_ray, starting, uninterrupted
+from simrl.real_backend.ray_cluster import death, last_line, no_space, node_affinity, open_ray, starting, uninterrupted
 
 START_TIMEOUT_S = 900.0  # a large model from a slow disk
 CALL_TIMEOUT_S = 900.0  # an update of a large model
@@ -195,28 +195,65 @@ class LearnerHost:
         return Timed(result, time.process_time() - cpu_s, time.perf_counter() - wall_s)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """GPUs of one node, by index."""
+
+    node: int
+    gpus: tuple[int, ...]
+
+
+ANYWHERE = Place(0, ())
+
+
+@dataclass(slots=True, eq=False)
 class WarmHost:
-    """A host of the pool and the seconds that its start took, until its engine was ready."""
+    """A host of the pool.
+
+    Attributes:
+        actor: Its process.
+        place: Its GPUs.
+        begun_s: When its process began, on this process's clock.
+        start_s: Seconds of its start, until its engine was ready; None while it starts.
+    """
 
     actor: Any
-    start_s: float
+    place: Place
+    begun_s: float
+    start_s: float | None = None
+
+    def ready(self) -> float:
+        """It is: seconds of its start."""
+        if self.start_s is None:
+            self.start_s = time.perf_counter() - self.begun_s
+        return self.start_s
 
 
 class HostPool:
     """Hosts of engines and learner ranks that outlive runs; ends everything that it started.
+
+    On GPUs a process sees only those of its place, which an engine and a rank may share: who has which is the lease's
+    business, not Ray's. On the CPUs of one machine all processes are alike.
 
     Args:
         engine: What each engine is made of; `kv_folder` is set here.
         learner: How the learner trains; rank, world and rendezvous are set here.
         cpus_per_host: CPUs that Ray reserves for each host; 0 lets hosts that take turns share a core.
         address: Of a Ray cluster; None starts one on this machine, for this process alone; see `open_ray`.
+        folder: Where KV, weights and checkpoints go, in a folder of their own; all nodes must see it. None: memory.
     """
 
     def __init__(
-        self, engine: EngineSettings, learner: LearnerSettings, *, cpus_per_host: float = 0, address: str | None = None
+        self,
+        engine: EngineSettings,
+        learner: LearnerSettings,
+        *,
+        cpus_per_host: float = 0,
+        address: str | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="simrl-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        self.folder = Path(tempfile.mkdtemp(prefix="simrl-", dir=folder or memory))
         kv_folder = self.folder / "kv"
         kv_folder.mkdir(mode=0o700)
         self.engine = replace(engine, kv_folder=str(kv_folder))
@@ -224,7 +261,7 @@ class HostPool:
         self._cpus = cpus_per_host
         self._idle: list[WarmHost] = []
         self._taken: list[WarmHost] = []
-        self._learners: list[Any] = []
+        self._learners: list[tuple[Place, Any]] = []
         self._all: list[Any] = []
         self._run_folder: Path | None = None
         self.weight_tolerance = 1e-3 if engine.dtype == "float32" else 0.2  # nats a token; bfloat16 rounds to 3 digits
@@ -234,6 +271,7 @@ class HostPool:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         self._ray = self._cluster.ray
+        self.placed = engine.device == "cuda" or address is not None
 
     def __enter__(self) -> HostPool:
         return self
@@ -241,26 +279,54 @@ class HostPool:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def take(self) -> WarmHost:
-        """An idle host with the first weights, or a new one.
+    def take(self, place: Place = ANYWHERE) -> WarmHost:
+        """An idle host of that place with the first weights, or a new one, which need not be ready yet.
 
         Raises:
-            ClusterError: it could not start, or was not ready in time.
+            ClusterError: there is no such node.
         """
-        while self._idle:
-            host = self._idle.pop(0)
+        for host in [host for host in self._idle if not self.placed or host.place == place]:
+            self._idle.remove(host)
             with suppress(self._ray.exceptions.RayActorError):  # it died while nobody needed it
                 self.get(host.actor.reset.remote(self.engine.model))
                 self._taken.append(host)
                 return host
-        started_s = time.perf_counter()
-        options = self._options() | ({"num_gpus": self.engine.tensor_parallel} if self.engine.device == "cuda" else {})
-        actor = self._ray.remote(EngineHost).options(**options).remote(self.engine, self.learner)
-        self._all.append(actor)
-        with starting(f"engine {1 + len(self._taken)}", _memory_asked_for(self.engine)):
-            self.get(actor.ready.remote(), START_TIMEOUT_S)
-        self._taken.append(WarmHost(actor, time.perf_counter() - started_s))
+        begun_s = time.perf_counter()
+        actor = self._start(EngineHost, place, self.engine, self.learner)
+        self._taken.append(WarmHost(actor, place, begun_s))
         return self._taken[-1]
+
+    def take_ready(self, place: Place = ANYWHERE) -> WarmHost:
+        """As `take`, and wait until it is ready.
+
+        Raises:
+            ClusterError: it could not start, or was not ready in time.
+        """
+        host = self.take(place)
+        with self.starting(host):
+            self.get(host.actor.ready.remote(), START_TIMEOUT_S)
+        host.ready()
+        return host
+
+    def starting(self, host: WarmHost) -> AbstractContextManager[None]:
+        """The block waits for a host; raises `ClusterError` if it cannot start."""
+        return starting(f"engine {1 + self._taken.index(host)}", _memory_asked_for(self.engine))
+
+    def _start(self, kind: type, place: Place, *arguments: Any) -> Any:
+        """A process for what is of *kind*, at its place."""
+        options: dict[str, Any] = {"num_cpus": self._cpus, "max_restarts": 0, "max_task_retries": 0}
+        if self.placed:
+            options["scheduling_strategy"] = node_affinity(self._ray, place.node)
+        if self.engine.device == "cuda":
+            # Ray would hide all GPUs from a process that reserves none.
+            variables = {
+                "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, place.gpus)),
+            }
+            options["runtime_env"] = {"env_vars": variables}
+        actor = self._ray.remote(kind).options(**options).remote(*arguments)
+        self._all.append(actor)
+        return actor
 
     def new_run(self) -> Path:
         """A folder for a run's files.
@@ -293,22 +359,28 @@ class HostPool:
         self._taken.remove(host)
         self._ray.kill(host.actor)
 
-    def learners(self, count: int) -> list[Any]:
-        """Hosts of so many ranks."""
-        self._learners = [actor for actor in self._learners if not self.some_died([actor])]
-        while len(self._learners) < count:
-            options = self._options() | ({"num_gpus": 1} if self.learner.device.startswith("cuda") else {})
-            actor = self._ray.remote(LearnerHost).options(**options).remote()
-            self._learners.append(actor)
-            self._all.append(actor)
-        ready = self._learners[:count]
-        with starting(f"one of {count} ranks of the learner", "the model's weights, gradients and optimizer state"):
-            self.get([actor.ready.remote() for actor in ready], START_TIMEOUT_S)
-        return ready
+    def learners(self, places: Sequence[Place]) -> list[Any]:
+        """Hosts of ranks, one a place of one GPU."""
+        idle = [(place, actor) for place, actor in self._learners if not self.some_died([actor])]
+        self._learners = list(idle)
+        chosen = []
+        for wanted in places:
+            there = next((pair for pair in idle if not self.placed or pair[0] == wanted), None)
+            if there is not None:
+                idle.remove(there)
+            else:
+                there = wanted, self._start(LearnerHost, wanted)
+                self._learners.append(there)
+            chosen.append(there[1])
+        with starting(
+            f"one of {len(places)} ranks of the learner", "the model's weights, gradients and Adam's moments"
+        ):
+            self.get([actor.ready.remote() for actor in chosen], START_TIMEOUT_S)
+        return chosen
 
     def end_learners(self) -> None:
         """End the processes of all ranks: those whose group has broken cannot meet again."""
-        for actor in self._learners:
+        for _, actor in self._learners:
             self._ray.kill(actor)
         self._learners = []
 
@@ -348,9 +420,6 @@ class HostPool:
             if not done:
                 raise TimeoutError(f"a call to another process took more than {CALL_TIMEOUT_S:g} s")
             self.get(done)
-
-    def _options(self) -> dict[str, Any]:
-        return {"num_cpus": self._cpus, "max_restarts": 0, "max_task_retries": 0}
 
     def get(self, refs: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """What calls returned.

@@ -17,7 +17,7 @@ from simrl.policies.runtime.function import ClusterFunction, HostDied, Process
 from simrl.policies.runtime.rollout import Rollout
 from simrl.policies.runtime.steps import StepState, StepWork
 from simrl.policies.runtime.view import View
-from simrl.real_backend.actors import CALL_TIMEOUT_S, HostPool, WarmHost
+from simrl.real_backend.actors import CALL_TIMEOUT_S, HostPool, Place
 from simrl.real_backend.batch import TokenScores, TrainingBatch
 from simrl.real_backend.clock import Clock, VirtualClock, WallClock
 from simrl.real_backend.engine import Finished, Work
@@ -29,9 +29,6 @@ from simrl.traces.records import Recorder
 from simrl.traces.streams import stream
 
 ClockName = Literal["virtual", "wall"]
-# An engine looks at its queue between calls; a completion ends a call. On the virtual clock the first iteration after
-# another process had the core finds cold caches, which an engine with a device of its own would not.
-ITERATIONS_PER_CALL = {"virtual": 8, "wall": 16}
 FIRST_TOKEN_ID = 3  # after padding, begin and end of sequence
 
 
@@ -176,7 +173,6 @@ class RealBackend(ClusterBackend):
         self.hosts, self.content = hosts, content
         self._estimates, self._clock_name = estimates, clock
         self.max_batched_tokens = hosts.engine.max_num_batched_tokens
-        self.iterations_per_call = ITERATIONS_PER_CALL[clock]
 
     def reset(self) -> View:
         """Begin the job with no function started."""
@@ -207,10 +203,6 @@ class RealBackend(ClusterBackend):
     def new_function(self, decision: Start) -> RealFunction:
         """A function that will have a host."""
         return RealFunction(self, decision)
-
-    def start_event(self, host: WarmHost) -> simpy.Event:
-        """The start of a host: it is over on the wall, and takes what it took on the virtual clock."""
-        return self.clock.took(host.start_s)
 
     def new_rollouts(self, step: int, prompt: Prompt, lengths: Sequence[int]) -> Sequence[Rollout]:
         """Responses of a prompt, whose token ids are made here."""
@@ -282,16 +274,19 @@ class RealBackend(ClusterBackend):
         """All ranks update together, one for each GPU; on the virtual clock for as long as the busiest computes."""
 
         def begin() -> simpy.Event:
-            self._learning_process = self.env.process(self._learning(sum(f.gpus for f in functions), state))
+            places = [
+                place for function in functions if isinstance(function, RealFunction) for place in function.places()
+            ]
+            self._learning_process = self.env.process(self._learning(places, state))
             return self._learning_process
 
         return begin
 
-    def _learning(self, world: int, state: StepState) -> Process:
+    def _learning(self, places: Sequence[Place], state: StepState) -> Process:
         version, batch = self.version + 1, self._prepared_batch(state)
         wait = self._clock_name == "virtual" or version == self.job.steps
         try:
-            learned = yield from self._learner.learn(world, version, batch, state.step, wait=wait)
+            learned = yield from self._learner.learn(places, version, batch, state.step, wait=wait)
         except simpy.Interrupt:  # a function of the learner is lost
             return
         self.learning[version - 1 :] = [learned.stats]

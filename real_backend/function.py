@@ -10,11 +10,15 @@ import simpy
 from simrl.policies.contract import Role, Start, State
 from simrl.policies.runtime.function import ClusterFunction, HostDied, Process, Serving, Trip
 from simrl.policies.runtime.rollout import Rollout
-from simrl.real_backend.actors import WarmHost
+from simrl.real_backend.actors import Place, WarmHost
 from simrl.real_backend.engine import StepReport
 
 if TYPE_CHECKING:
     from simrl.real_backend.backend import RealBackend
+
+# An engine looks at its queue between calls; a completion ends a call. On the virtual clock the first iterations after
+# another process had the core find cold caches, which an engine with a device of its own would not.
+ITERATIONS_PER_CALL = 16
 
 
 class RealFunction(ClusterFunction):
@@ -37,15 +41,24 @@ class RealFunction(ClusterFunction):
         actor = self.host.actor
         return self.cluster.clock.call(lambda: getattr(actor, method).remote(*arguments), seconds)
 
+    def places(self) -> list[Place]:
+        """Its GPUs, one by one."""
+        assert self.node is not None, "a function that has started has a node"
+        return [Place(self.node, (gpu,)) for gpu in self.gpu_ids]
+
     # --- life ---
 
     def start_up(self) -> Process:
         """Get a host; one that is warm already counts with the time that its own start took."""
         if set(self.roles) == {"learn"}:
             return
-        self.host = self.cluster.hosts.take()
+        assert self.node is not None, "a function that starts up has its GPUs"
+        hosts = self.cluster.hosts
+        self.host = host = hosts.take(Place(self.node, self.gpu_ids))
         self._engine_awake = True
-        yield self.cluster.start_event(self.host)
+        self.bound_to = self.gpu_ids if hosts.placed else None
+        with hosts.starting(host):
+            yield self._call("ready", seconds=lambda _: host.ready())
 
     def switch(self, role: Role) -> simpy.Event | None:
         """An engine gives its memory up while its function prepares or learns."""
@@ -146,7 +159,7 @@ class RealFunction(ClusterFunction):
         self._arrivals.clear()
         begin_s = self.cluster.env.now
         reports = yield self._call(
-            "step", arrivals, self.cluster.iterations_per_call, seconds=lambda reports: sum(r.seconds for r in reports)
+            "step", arrivals, ITERATIONS_PER_CALL, seconds=lambda reports: sum(r.seconds for r in reports)
         )
         self._book(reports, begin_s)
         return True

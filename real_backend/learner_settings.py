@@ -26,7 +26,7 @@ class LearnerSettings:
         world: Number of ranks.
         rendezvous: URL at which the ranks meet. `file:///<private folder>/<new file>` opens no port that others can
             reach, but all ranks must see the folder; `tcp://host:port` needs neither, but listens on all interfaces.
-        interface: Network interface between the ranks.
+        interface: Network interface between the ranks; None: the libraries choose.
         device: "cpu" (gloo) or "cuda", "cuda:<index>" (nccl).
         dtype: Of computation and of exported weights; the trained weights themselves are float32.
         algorithm: GRPO compares the responses of a prompt, PPO trains a critic.
@@ -60,7 +60,7 @@ class LearnerSettings:
     rank: int
     world: int
     rendezvous: str
-    interface: str = "lo"
+    interface: str | None = "lo"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     algorithm: Literal["grpo", "ppo"] = "grpo"

@@ -29,8 +29,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from simrl.real_backend.actors import HostPool, Timed
-from simrl.real_backend.backend import ITERATIONS_PER_CALL, ClockName
+from simrl.real_backend.actors import HostPool, Place, Timed
+from simrl.real_backend.backend import ClockName
 from simrl.real_backend.batch import TokenScores, TrainingBatch, micro_batches
 from simrl.real_backend.engine import CPU_BLOCK_TOKENS, EngineSettings, Work
 from simrl.real_backend.learner_settings import LearnerSettings, LearnStats
@@ -84,7 +84,8 @@ class Extent:
     """How much is measured: repetitions of each kind.
 
     Attributes:
-        fitted_rounds: Rounds of replays, one workload an engine, that the tables are fitted to.
+        replays: Workloads of a round.
+        fitted_rounds: Rounds that the tables are fitted to.
         held_out_rounds: Others that they are held against.
         moves: KV moves and prefix hits, of each length.
         parks: Parks and wakes.
@@ -93,8 +94,9 @@ class Extent:
         groups: Sizes of a round's batches, of a learner of up to two ranks; more ranks get more.
     """
 
-    fitted_rounds: int = 4
-    held_out_rounds: int = 2
+    replays: int = 9
+    fitted_rounds: int = 2
+    held_out_rounds: int = 1
     moves: int = 4
     parks: int = 8
     syncs: int = 3
@@ -102,7 +104,7 @@ class Extent:
     groups: tuple[int, ...] = (1, 2, 4, 6)
 
 
-QUICK = Extent(fitted_rounds=3, held_out_rounds=1, moves=2, parks=2, syncs=1, batches=1, groups=(1, 6))
+QUICK = Extent(replays=3, fitted_rounds=2, held_out_rounds=1, moves=2, parks=2, syncs=1, batches=1, groups=(1, 6))
 ENGINES = 4  # that take turns on one core; with more, caches are no colder
 CUTS = ((4096, 4), (1024, 2))  # tokens of a micro-batch and prompts of an optimizer step, to tell what each takes
 
@@ -151,7 +153,7 @@ class Profiler:
     def run(self, quick: bool, on_progress: Callable[[int], None] | None) -> Profile:
         """Measure everything; the pool's hosts are idle again afterwards."""
         self.run_folder = self.hosts.new_run()
-        self.engines = [self._take_engine() for _ in range(self._num_engines)]
+        self.engines = [self._take_engine(index) for index in range(self._num_engines)]
         self.call_s = self._empty_call_s()
         self.start_scorer_s = max(self._on_all("load_scorer", self.settings.model, 0))
         self._warm_up()
@@ -196,10 +198,11 @@ class Profiler:
 
     # --- engine ---
 
-    def _take_engine(self) -> Any:
-        host = self.hosts.take()
+    def _take_engine(self, index: int) -> Any:
+        gpus = self.settings.tensor_parallel
+        host = self.hosts.take_ready(Place(0, tuple(range(index * gpus, (index + 1) * gpus))))
         phases = dict(self.hosts.get(host.actor.ready.remote()))
-        self.engine_starts.append({"process_s": host.start_s - sum(phases.values()), **phases})
+        self.engine_starts.append({"process_s": host.ready() - sum(phases.values()), **phases})
         return host.actor
 
     def _empty_call_s(self) -> float:
@@ -230,16 +233,13 @@ class Profiler:
         self.other_clock.append(seconds.popitem()[1] / here)
 
     def _replay(self, index: int, *, held_out: bool) -> None:
-        """A round of replays, in turn on the virtual clock, one engine after the other on the wall."""
+        """A round of replays, on engines in turn."""
         rng = stream(self.seed, "replay", index)
-        workloads = [draw_workload(rng, "stream" if i % 2 else "burst") for i in range(len(self.engines))]
-        pairs = list(zip(self.engines, workloads, strict=True))
-        for turn in [pairs] if self.clock == "virtual" else [[pair] for pair in pairs]:
-            began_s = self._now_s()
-            engines, mine = zip(*turn, strict=True)
-            played = self.player.play(engines, mine, ITERATIONS_PER_CALL[self.clock])
-            at_s = (began_s + self._now_s()) / 2
-            self.replays += [(held_out, at_s, *pair) for pair in zip(mine, played, strict=True)]
+        workloads = [draw_workload(rng, "stream" if i % 2 else "burst") for i in range(self.extent.replays)]
+        began_s = self._now_s()
+        played = self.player.play(self.engines, workloads)
+        at_s = (began_s + self._now_s()) / 2
+        self.replays += [(held_out, at_s, *pair) for pair in zip(workloads, played, strict=True)]
 
     def _hit_prefixes(self, tokens: int, index: int) -> None:
         """The iteration that computes prompts, and the one that finds them cached."""
@@ -282,7 +282,7 @@ class Profiler:
 
     def _learn_round(self, ranks: Ranks, micro_batch_tokens: int, mini_batch_prompts: int, index: int) -> None:
         """Connect the ranks, learn batches of all sizes, write the weights and take them in."""
-        actors = self.hosts.learners(ranks.world)
+        actors = self.hosts.learners([Place(0, (gpu,)) for gpu in range(ranks.world)])
         import_s = max(self.hosts.get([actor.ready.remote() for actor in actors]))
         rendezvous = f"file://{self.run_folder}/ranks-{self.player.new_id()}"
         common = replace(

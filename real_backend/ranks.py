@@ -12,7 +12,7 @@ from typing import Any
 import simpy
 
 from simrl.policies.runtime.function import HostDied, Process
-from simrl.real_backend.actors import HostPool, Timed
+from simrl.real_backend.actors import HostPool, Place, Timed
 from simrl.real_backend.batch import TrainingBatch
 from simrl.real_backend.clock import Clock
 from simrl.real_backend.learner_settings import LearnerLost, LearnStats
@@ -59,11 +59,11 @@ class Learner:
         self._batches: dict[int, tuple[TrainingBatch, int]] = {}  # those that made the versions after it
         self._stats: dict[int, LearnStats] = {}
 
-    def learn(self, world: int, version: int, batch: TrainingBatch, step: int, *, wait: bool) -> Process:
+    def learn(self, places: Sequence[Place], version: int, batch: TrainingBatch, step: int, *, wait: bool) -> Process:
         """Make *version* of the weights by learning *batch*, the one of *step*; returns `Learned`.
 
         Args:
-            world: Number of ranks.
+            places: Of the ranks.
             version: One more than the last.
             batch: With all scores but a critic's.
             step: For the statistics.
@@ -75,7 +75,7 @@ class Learner:
         self._batches[version] = batch, step
         for attempt in range(ATTEMPTS):
             try:
-                return (yield from self._learn(world, version, wait=wait))
+                return (yield from self._learn(places, version, wait=wait))
             except (HostDied, LearnerLost, OSError) as error:  # TimeoutError is an OSError
                 if not self._is_loss(error):
                     raise
@@ -97,10 +97,10 @@ class Learner:
         """A rank may die while another sees no more of it than that a checkpoint cannot be written."""
         return isinstance(error, HostDied | LearnerLost | TimeoutError) or self._hosts.some_died(self._ranks)
 
-    def _learn(self, world: int, version: int, *, wait: bool) -> Process:
+    def _learn(self, places: Sequence[Place], version: int, *, wait: bool) -> Process:
         yield from self._complete_checkpoint()
-        if len(self._ranks) != world:
-            yield from self._connect(world)
+        if len(self._ranks) != len(places):
+            yield from self._connect(places)
         while self._held < version:
             yield from self._update(self._held + 1)
         learned = self._export(version)
@@ -109,16 +109,17 @@ class Learner:
             yield from self._complete_checkpoint()
         return learned
 
-    def _connect(self, world: int) -> Process:
+    def _connect(self, places: Sequence[Place]) -> Process:
         if self._ranks:
             self.end()
         started_s = time.perf_counter()
-        self._ranks = self._hosts.learners(world)
+        self._ranks = self._hosts.learners(places)
         if self._connections:  # the first ranks start with the run
             yield self._clock.took(time.perf_counter() - started_s)
         self._connections += 1
         rendezvous = f"file://{self._folder / f'rendezvous-{self._connections}'}"
-        settings = [replace(self._hosts.learner, rank=i, world=world, rendezvous=rendezvous) for i in range(world)]
+        common = replace(self._hosts.learner, world=len(places), rendezvous=rendezvous)
+        settings = [replace(common, rank=rank) for rank in range(common.world)]
         ranks = self._ranks
         yield self._clock.call(
             lambda: [rank.connect.remote(mine) for rank, mine in zip(ranks, settings, strict=True)], busiest_s

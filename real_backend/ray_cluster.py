@@ -114,6 +114,22 @@ def _check_answers(address: str) -> None:
         raise ClusterError(f"no Ray cluster answers at {address} (--address): {error}") from error
 
 
+def node_affinity(ray: Any, node: int) -> Any:
+    """Where Ray is to start a process: on that node, counted from the driver's own, the others by their addresses.
+
+    Raises:
+        ClusterError: there are fewer.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    alive = [entry for entry in ray.nodes() if entry["Alive"]]
+    ordered = sorted(alive, key=lambda entry: (entry["NodeID"] != own, entry["NodeManagerAddress"], entry["NodeID"]))
+    if node >= len(ordered):
+        raise ClusterError(f"the Ray cluster has {len(ordered)} nodes, and node {node} was asked for (cluster.nodes)")
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ordered[node]["NodeID"], soft=False)
+
+
 # --- one of our own ---
 
 
@@ -301,7 +317,8 @@ def starting(what: str, asked_for: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Ray's own, and TimeoutError
-        reason = death(error) or (str(error) if isinstance(error, TimeoutError) else None)
+        reason = next(filter(None, map(death, _causes(error))), None)
+        reason = reason or (str(error) if isinstance(error, TimeoutError) else None)
         if reason is None:
             raise
         free_gb = _psutil().virtual_memory().available / 1e9
@@ -309,6 +326,13 @@ def starting(what: str, asked_for: str) -> Iterator[None]:
             f"{what} cannot start: {reason}; it needs {asked_for}; this machine has {free_gb:.1f} GB of memory free,"
             f" Ray {_free_resources()}; fewer GPUs (--gpus) or KV blocks need less"
         ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _free_resources() -> str:

@@ -15,14 +15,16 @@ from typing import Any, Literal
 import numpy as np
 
 from simrl.real_backend.actors import HostPool
-from simrl.real_backend.backend import ITERATIONS_PER_CALL, ClockName
+from simrl.real_backend.backend import ClockName
 from simrl.real_backend.engine import StepReport, Work
+from simrl.real_backend.function import ITERATIONS_PER_CALL
 from simrl.traces.profile import Iteration
 from simrl.traces.streams import stream
 
 FIRST_TOKEN = 3  # ids below are left to special tokens
 PROMPT_TOKENS = (8, 256)
 MAX_RESPONSE_TOKENS = 400
+DONE = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,23 +144,24 @@ class Player:
         ids: list[int] = self._tokens.integers(FIRST_TOKEN, self.vocabulary, tokens).tolist()
         return ids
 
-    def play(self, engines: Sequence[Any], workloads: Sequence[Workload], iterations_per_call: int) -> list[Played]:
-        """Each engine its own workload, one call after the other, in turn until all are done."""
-        playing = [
-            self._calls(engine, workload, iterations_per_call)
-            for engine, workload in zip(engines, workloads, strict=True)
-        ]
+    def play(self, engines: Sequence[Any], workloads: Sequence[Workload]) -> list[Played]:
+        """In turn, a call each; an engine that is done takes the next workload, so that few calls see few others."""
+        waiting = list(enumerate(workloads))
         played: dict[int, Played] = {}
-        while len(played) < len(playing):
-            for index, calls in enumerate(playing):
-                if index not in played:
-                    try:
-                        next(calls)
-                    except StopIteration as end:
-                        played[index] = end.value
-        return [played[index] for index in range(len(playing))]
+        playing: dict[int, Generator[None, None, None]] = {}  # by engine
 
-    def _calls(self, engine: Any, workload: Workload, iterations_per_call: int) -> Generator[None, None, Played]:
+        def go_on(index: int, workload: Workload, engine: Any) -> Generator[None, None, None]:
+            played[index] = yield from self._calls(engine, workload)
+
+        while waiting or playing:
+            for place, engine in enumerate(engines):
+                if place not in playing and waiting:
+                    playing[place] = go_on(*waiting.pop(0), engine)
+                if place in playing and next(playing[place], DONE) is DONE:
+                    del playing[place]
+        return [played[index] for index in range(len(workloads))]
+
+    def _calls(self, engine: Any, workload: Workload) -> Generator[None, None, Played]:
         prompts = {item.group: self.prompt(item.prompt_tokens) for item in workload}
         works = [
             Work(response_id=self.new_id(), prompt_token_ids=prompts[i.group], forced_tokens=i.response_tokens)
@@ -174,7 +177,7 @@ class Player:
             while added < len(works) and workload[added].arrives <= len(iterations):
                 added += 1
             called_s = time.perf_counter()
-            reports: list[StepReport] = self._hosts.get(engine.step.remote(works[first:added], iterations_per_call))
+            reports: list[StepReport] = self._hosts.get(engine.step.remote(works[first:added], ITERATIONS_PER_CALL))
             wall_s += time.perf_counter() - called_s
             unfinished += added - first - sum(len(report.finished) for report in reports)
             iterations += [
@@ -187,7 +190,7 @@ class Player:
     def probe(self, engines: Sequence[Any], clock: ClockName) -> list[Played]:
         """The fixed workload as engines run it on that clock: all in turn on the virtual one, else the first alone."""
         engines = engines if clock == "virtual" else engines[:1]
-        return self.play(engines, [probe_workload()] * len(engines), ITERATIONS_PER_CALL[clock])
+        return self.play(engines, [probe_workload()] * len(engines))
 
 
 def mean_s(played: Sequence[Played]) -> float:

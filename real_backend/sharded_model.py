@@ -122,7 +122,10 @@ def connect(settings: LearnerSettings) -> None:
     """
     on_gpu = settings.device.startswith("cuda")
     # Both libraries read these once, when they connect.
-    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = settings.interface
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.pop(name, None)
+        if settings.interface is not None:
+            os.environ[name] = settings.interface
     if on_gpu:
         torch.cuda.set_device(torch.device(settings.device))
     try:

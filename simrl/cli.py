@@ -219,6 +219,8 @@ def validate(
     gpus: Annotated[int, typer.Option(parser=_whole_number, help="GPUs (or logical cores) a node.", metavar="N")] = 8,
     repeats: Annotated[int, typer.Option(parser=_whole_number, help="Real runs of each policy.", metavar="N")] = 2,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster; by default this machine's own.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="That all nodes of the cluster see.", metavar="FOLDER")] = None,
+    interface: Annotated[str | None, typer.Option(help="Between ranks on a cluster.", metavar="NAME")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     steps: StepsOption = None,
@@ -235,7 +237,8 @@ def validate(
         check_directory(output)
     validation = run_validation(
         policies or ["verl", "rlhfuse", "rlhfless"], device=device, clock=clock, profile=profile, model=model,
-        gpus=gpus, repeats=repeats, address=address, config_file=config, sets=sets or [], steps=steps, seed=seed,
+        gpus=gpus, repeats=repeats, address=address, folder=folder, interface=interface, config_file=config,
+        sets=sets or [], steps=steps, seed=seed,
         progress=lambda what: print("simrl:", what, file=sys.stderr) if sys.stderr.isatty() else None,
     )  # fmt: skip
     if output:

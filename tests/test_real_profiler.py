@@ -132,8 +132,8 @@ def test_real_times_are_sane(profiled: tuple[Profile, str]) -> None:
 
 def test_the_error_on_other_workloads_is_reported(profiled: tuple[Profile, str]) -> None:
     error = profiled[0].iterations.fit_error
-    assert len(error.replays) == profiled[0].repetitions["held_out_replays"] == 2
+    assert len(error.replays) == profiled[0].repetitions["held_out_replays"] == 3
     assert all(replay.iterations > 20 for replay in error.replays)
     assert math.isfinite(error.median_signed)
     signed = [replay.predicted_s / replay.measured_s - 1 for replay in error.replays]
-    assert error.median_signed == pytest.approx(sum(signed) / 2)
+    assert error.median_signed == pytest.approx(sorted(signed)[1])

@@ -22,7 +22,7 @@ import ray
 
 from simrl import cli
 from simrl.real_backend import actors, ray_cluster
-from simrl.real_backend.actors import HostPool
+from simrl.real_backend.actors import ANYWHERE, HostPool
 from simrl.real_backend.engine import EngineSettings
 from simrl.real_backend.learner_settings import LearnerSettings
 from simrl.real_backend.ray_cluster import ClusterError, open_ray
@@ -45,9 +45,9 @@ def learner(model: str) -> LearnerSettings:
 def pool(model: str, learner: LearnerSettings) -> Iterator[HostPool]:
     """An engine, and two ranks that have met; afterwards nothing may be left of them."""
     with HostPool(EngineSettings(model=model, num_kv_blocks=64, max_model_len=512, max_num_seqs=4), learner) as pool:
-        pool.take()
+        pool.take_ready()
         rendezvous = f"file://{pool.new_run() / 'rendezvous'}"
-        ranks = pool.learners(2)
+        ranks = pool.learners([ANYWHERE] * 2)
         pool.get([rank.connect.remote(replace(learner, rank=i, rendezvous=rendezvous)) for i, rank in enumerate(ranks)])
         processes, folders = children(), [pool.folder, ray_folder()]
         yield pool
@@ -109,7 +109,7 @@ def test_files_are_private(pool: HostPool) -> None:
 
 
 def test_a_full_disk_is_said_with_the_folder(pool: HostPool) -> None:
-    rank, other = pool.learners(2)
+    rank, other = pool.learners([ANYWHERE] * 2)
 
     def small_files(_: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
@@ -136,7 +136,7 @@ def test_an_engine_that_cannot_start_says_why_and_what_to_change(
 
     monkeypatch.setattr(actors, "EngineHost", Refuses)
     with pytest.raises(ClusterError) as refused:
-        [pool.take() for _ in range(2)]
+        [pool.take_ready() for _ in range(2)]
     told = str(refused.value)
     assert told.startswith("engine 2 cannot start: a process failed while it started: MemoryError: Available memory")
     for words in ("num_kv_blocks=64", "GB of memory free", "--gpus"):

@@ -127,7 +127,12 @@ class ClusterFunction(ABC):
     """A function. Decisions append to its task queue; `life` works it off.
 
     A backend's own kind says how it starts, changes role, generates, prepares, parks and wakes.
+
+    Attributes:
+        bound_to: GPUs that a parked function has to come back to; None: any of its node.
     """
+
+    bound_to: tuple[int, ...] | None = None
 
     def __init__(
         self, cluster: ClusterBackend, name: str, gpus: int, roles: tuple[Role, ...], node: int | None
@@ -354,9 +359,9 @@ class ClusterFunction(ABC):
             self._enter("cold")
             yield work
 
-    def _take_gpus(self, node: int | None) -> Process:
+    def _take_gpus(self, node: int | None, same: tuple[int, ...] | None = None) -> Process:
         """Wait for GPUs; returns their node and indices."""
-        self._lease = self.cluster.pool.lease(self.gpus, node)
+        self._lease = self.cluster.pool.lease(self.gpus, node, same)
         granted = yield self._lease
         self._lease = None
         return granted
@@ -530,7 +535,7 @@ class ClusterFunction(ABC):
     def wake(self) -> Process:
         """A task: come back onto GPUs of the same node."""
         self.state = State.STARTING
-        node, gpu_ids = yield from self._take_gpus(self.node)
+        node, gpu_ids = yield from self._take_gpus(self.node, self.bound_to)
         self._enter(None)  # parked until here, without GPUs
         self.node, self.gpu_ids = node, gpu_ids
         yield from self.cold(self.wake_work())

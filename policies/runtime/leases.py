@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import simpy
@@ -22,7 +23,14 @@ class NodeState:
 class _Waiting:
     gpus: int
     node: int | None
+    same: Gpus | None
     granted: simpy.Event
+
+    def chosen(self, free: Sequence[int]) -> Gpus | None:
+        """GPUs to grant, of those that are free; None when they do not suffice."""
+        if self.same is not None:
+            return self.same if set(self.same) <= set(free) else None
+        return tuple(free[: self.gpus]) if len(free) >= self.gpus else None
 
 
 class GpuPool:
@@ -36,9 +44,12 @@ class GpuPool:
         self.nodes = [NodeState(index, list(range(gpus_per_node))) for index in range(nodes)]
         self._queue: deque[_Waiting] = deque()
 
-    def lease(self, gpus: int, node: int | None) -> simpy.Event:
-        """An event that fires with (node, GPU indices) when *gpus* GPUs of *node*, or of any node, are granted."""
-        waiting = _Waiting(gpus, node, self.env.event())
+    def lease(self, gpus: int, node: int | None, same: Gpus | None = None) -> simpy.Event:
+        """An event that fires with (node, GPU indices) when *gpus* GPUs of *node*, or of any node, are granted.
+
+        With *same* it has to be those of *node*.
+        """
+        waiting = _Waiting(gpus, node, same, self.env.event())
         self._queue.append(waiting)
         self._grant()
         return waiting.granted
@@ -65,11 +76,12 @@ class GpuPool:
         while self._queue:
             waiting = self._queue.popleft()
             wanted = [n for n in self.nodes if waiting.node in (None, n.index) and n.index not in taken]
-            state = next((n for n in wanted if len(n.free) >= waiting.gpus), None)
+            found = ((state, gpu_ids) for state in wanted if (gpu_ids := waiting.chosen(state.free)) is not None)
+            state, gpu_ids = next(found, (None, ()))
             if state is None:
                 still.append(waiting)
                 taken.update(node.index for node in wanted)
                 continue
-            gpu_ids, state.free = tuple(state.free[: waiting.gpus]), state.free[waiting.gpus :]
+            state.free = [gpu for gpu in state.free if gpu not in gpu_ids]
             waiting.granted.succeed((state.index, gpu_ids))
         self._queue = still

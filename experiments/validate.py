@@ -237,8 +237,7 @@ def run_validation(
             write_tiny(model_folder)
         engine, learner = _settings(device, place, measured, config)
         learner = replace(learner, interface="lo" if address is None else interface)
-        cpus = int(device == "cpu" and chosen == "wall")
-        with HostPool(engine, learner, cpus_per_host=cpus, address=address, folder=folder) as hosts:
+        with HostPool(engine, learner, address=address, folder=folder) as hosts:
             if measured is None:
                 progress("profiling this machine")
                 measured = measure(hosts, name, chosen, gpus)

@@ -232,13 +232,13 @@ class WarmHost:
 class HostPool:
     """Hosts of engines and learner ranks that outlive runs; ends everything that it started.
 
-    On GPUs a process sees only those of its place, which an engine and a rank may share: who has which is the lease's
-    business, not Ray's. On the CPUs of one machine all processes are alike.
+    Ray reserves nothing for them, as an engine and a rank may share a GPU (or a core), and parked ones have none: who
+    has which is the lease's business. On GPUs a process sees only those of its place; on the CPUs of one machine all
+    processes are alike.
 
     Args:
         engine: What each engine is made of; `kv_folder` is set here.
         learner: How the learner trains; rank, world and rendezvous are set here.
-        cpus_per_host: CPUs that Ray reserves for each host; 0 lets hosts that take turns share a core.
         address: Of a Ray cluster; None starts one on this machine, for this process alone; see `open_ray`.
         folder: Where KV, weights and checkpoints go, in a folder of their own; all nodes must see it. None: memory.
     """
@@ -248,7 +248,6 @@ class HostPool:
         engine: EngineSettings,
         learner: LearnerSettings,
         *,
-        cpus_per_host: float = 0,
         address: str | None = None,
         folder: Path | None = None,
     ) -> None:
@@ -258,7 +257,6 @@ class HostPool:
         kv_folder.mkdir(mode=0o700)
         self.engine = replace(engine, kv_folder=str(kv_folder))
         self.learner = learner
-        self._cpus = cpus_per_host
         self._idle: list[WarmHost] = []
         self._taken: list[WarmHost] = []
         self._learners: list[tuple[Place, Any]] = []
@@ -314,7 +312,7 @@ class HostPool:
 
     def _start(self, kind: type, place: Place, *arguments: Any) -> Any:
         """A process for what is of *kind*, at its place."""
-        options: dict[str, Any] = {"num_cpus": self._cpus, "max_restarts": 0, "max_task_retries": 0}
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
         if self.placed:
             options["scheduling_strategy"] = node_affinity(self._ray, place.node)
         if self.engine.device == "cuda":

@@ -262,8 +262,7 @@ def _real(config: Config, oracle: Oracle, costs: ProfiledCosts, site: Site, repe
     )  # fmt: skip
     before_s = probe(site)
     drive(backend, policy_of(config, oracle))
-    typical_s = statistics.median(point.seconds for point in site.profile.probe_s)
-    slowness = statistics.fmean([before_s, probe(site)]) / typical_s
+    slowness = statistics.fmean([before_s, probe(site)]) / site.profile.probe_on(site.clock)
     return Run(config.policy, "real", recorder.frames(), slowness, repeat)
 
 

@@ -527,7 +527,7 @@ class VllmEngine:
     # --- Life. ---
 
     def warm_up(self) -> float:
-        """Run every size of batch once, so that none is slow the first time; seconds.
+        """Run every size of batch once, and log-probs, so that nothing is slow the first time; seconds.
 
         Each size of matrix product takes some milliseconds more when it comes first. Those of a prefill are too many
         to run all.
@@ -541,6 +541,7 @@ class VllmEngine:
             self.add(work)
         while self._responses:
             self.step()
+        self.log_probs([0, 1], prompt_tokens=1)
         self.num_preemptions = 0
         self.forget_prefixes()
         self.cold_start_phases["warm_up_s"] = time.perf_counter() - started_s
@@ -627,6 +628,8 @@ def _import_vllm(settings: EngineSettings) -> None:
         os.environ.setdefault(name, value)
     if settings.device == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+        # vLLM compiles single functions even in eager mode: 8 s of C++ when log-probs are first asked for.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1" if settings.enforce_eager else "0")
     import torch
 
     if settings.device == "cpu":

@@ -299,6 +299,7 @@ def test_iterations_by_hand() -> None:
     assert virtual.decode_s(3, 100) == pytest.approx(0.002 + 0.003 + 300e-6)
     assert virtual.prefill_s(51, 25) == pytest.approx(0.0081)
     assert wall.decode_s(3, 100) == pytest.approx(0.8 * 0.0053 + 1e-4)
+    assert (PROFILE.probe_on("virtual"), PROFILE.probe_on("wall")) == pytest.approx((0.4, 0.32))
     assert (virtual.status, virtual.source) == ("measured", "profile p.json (2026-11-22T12:00:00+00:00)")
     with pytest.raises(ValueError, match=r"engine of 2 GPUs is not in the profile p\.json .*measured: 1"):
         costs_of().times(2)

@@ -387,6 +387,11 @@ class Profile(Section):
             status="measured",
         )
 
+    def probe_on(self, clock: Literal["wall", "virtual"]) -> float:
+        """Seconds of the probe's iterations on that clock, the median."""
+        factor = 1.0 if clock == self.clock else self.iterations.other_clock.median
+        return factor * statistics.median(probe.seconds for probe in self.probe_s)
+
     def overview(self) -> list[dict[str, str]]:
         """What stands out, a row each: `measured` and `value`."""
         error, probes = self.iterations.fit_error, [probe.seconds for probe in self.probe_s]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -137,3 +138,21 @@ def test_the_error_on_other_workloads_is_reported(profiled: tuple[Profile, str])
     assert math.isfinite(error.median_signed)
     signed = [replay.predicted_s / replay.measured_s - 1 for replay in error.replays]
     assert error.median_signed == pytest.approx(sorted(signed)[1])
+
+
+def test_a_policy_is_validated_on_the_walls_clock(profiled: tuple[Profile, str], tmp_path: Path) -> None:
+    """A smoke test: two actors at once, as on GPUs; how far off the simulator is depends on who else uses the cores."""
+    path = tmp_path / "p.json"
+    profiled[0].write(path)
+    options = ["--policy", "verl", "--clock", "wall", "--gpus", "2", "--steps", "2", "--repeats", "1", "--json"]
+    command = [sys.executable, "-m", "simrl", "validate", *options, "--profile", str(path), "--output", "there"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "third parties are quiet"
+    found = json.loads(done.stdout)
+    stages = {(row["step"], row["stage"]) for row in found["rows"]}
+    measured = {"generation", "log_probs", "update", "step", "gpu_s"}
+    assert {(step, stage) for step in (0, 1) for stage in measured} | {(1, "weight_sync")} <= stages
+    assert all(row["real_s"] > 0 for row in found["rows"])
+    names = {entry.name for entry in (tmp_path / "there").iterdir()}
+    assert {"rows.csv", "validation.json", "timelines.png", "verl-real-0", "verl-simulated-0"} == names

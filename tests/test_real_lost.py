@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from simrl.policies.contract import Completions, Decision, FunctionLost, Observa
 from simrl.policies.rlhfless import RLHFless
 from simrl.policies.runtime.function import HostDied
 from simrl.policies.verl import Verl
-from simrl.real_backend.actors import HostPool, Timed
+from simrl.real_backend.actors import ANYWHERE, HostPool, Place, Timed
 from simrl.real_backend.backend import ClockName, RealBackend, Replay
 from simrl.real_backend.clock import VirtualClock, WallClock
 from simrl.real_backend.engine import EngineSettings
@@ -217,9 +217,9 @@ class CountingHosts:
     def __init__(self, deaths: dict[int, Exception]) -> None:
         self.deaths, self.calls, self.started = deaths, 0, 0
 
-    def learners(self, count: int) -> list[CountingRank]:
+    def learners(self, places: Sequence[Place]) -> list[CountingRank]:
         self.started += 1
-        return [CountingRank() for _ in range(count)]
+        return [CountingRank() for _ in places]
 
     def end_learners(self) -> None:
         pass
@@ -243,7 +243,7 @@ def learn_all(
 
     def job() -> Any:
         for step, batch in enumerate("abc"[:steps]):
-            learned = yield from learner.learn(1, step + 1, batch, step, wait=wait)  # type: ignore[arg-type]
+            learned = yield from learner.learn([ANYWHERE], step + 1, batch, step, wait=wait)  # type: ignore[arg-type]
             assert (Path(learned.folder) / "learned").read_text().split() == list("abc"[: step + 1])
             assert learned.stats == f"stats of {batch}"
 

@@ -526,6 +526,15 @@ class ClusterBackend(ABC):
         prompts = next(iter(self.steps.values())).prompts
         return sum(prompt.tokens for prompt in prompts) / len(prompts) + self.job.max_response_tokens / 8
 
+    def holder(self, rollout: Rollout) -> ClusterFunction:
+        """Whose engine an assigned response is in or under way to: until it has left, not the one it is to move to."""
+        assert rollout.serving is not None, "an assigned response has a place"
+        if rollout.serving.expected:  # it is perhaps among them
+            for function in self.functions.values():
+                if function.removals and rollout.response_id in function.leaving():
+                    return function
+        return rollout.serving.function
+
     def learner_world(self) -> int:
         """GPUs over which the learner's state is sharded."""
         return self._learner_gpus

@@ -504,6 +504,9 @@ class ClusterFunction(ABC):
         self.gangs.remove(gang)
         self.forget_prefixes()
         self._after = "synced"
+        gang.done += 1
+        if gang.done == 1:  # it is over for all at this moment
+            self.cluster.triggers.stage_finished("weight_sync", step)
 
     def send_weights(self, gang: Gang, step: int) -> Process:
         """A task: give the learner's shards to a sync that this function's own engine has no need of."""

@@ -111,8 +111,9 @@ class View:
         row, sample = divmod(response_id % backend.job.responses_per_step, backend.job.responses_per_prompt)
         generated = rollout.generated
         if rollout.serving is not None:
-            rollout.serving.function.catch_up()
-            generated = rollout.serving.function.generated(rollout)
+            holder = backend.holder(rollout)
+            holder.catch_up()
+            generated = holder.generated(rollout)
         return Response(
             response_id=response_id,
             step=rollout.step,

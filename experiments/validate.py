@@ -74,11 +74,13 @@ class Validation:
             relative_error_normalised (simulated against real / slowness).
         repeat_spread: By policy and stage, (largest - smallest) / median of the repeats, median over steps.
         runs: All of them.
+        profile: Of the machine.
     """
 
     rows: pd.DataFrame
     repeat_spread: pd.DataFrame
     runs: tuple[Run, ...]
+    profile: Profile | None = None
 
     def median_abs_error(self, *by: str, normalised: bool = False) -> pd.Series[float]:
         """Median absolute relative error by stage, and by what else is asked."""
@@ -181,7 +183,7 @@ def validate(
         for name in policies:
             progress(f"{name}, real run {repeat + 1} of {repeats}")
             runs.append(_real(config.with_policy(name), oracle, costs, site, repeat))
-    return compare_runs(runs)
+    return replace(compare_runs(runs), profile=site.profile)
 
 
 def run_validation(
@@ -347,12 +349,14 @@ def compare_runs(runs: Sequence[Run]) -> Validation:
 
 
 def write_validation(validation: Validation, directory: Path) -> None:
-    """Frames of all runs, the rows, and a picture of the timelines."""
+    """Frames of all runs, the rows, the profile, and a picture of the timelines."""
     from simrl.experiments.run import write_directory
 
     def write(place: Path) -> None:
         import json
 
+        if validation.profile is not None:
+            validation.profile.write(place / "profile.json")
         (place / "validation.json").write_text(json.dumps(validation.to_json(), indent=2) + "\n", encoding="utf-8")
         validation.rows.to_csv(place / "rows.csv", index=False)
         for run in validation.runs:

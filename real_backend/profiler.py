@@ -105,6 +105,7 @@ class Extent:
 
 
 QUICK = Extent(replays=3, fitted_rounds=2, held_out_rounds=1, moves=2, parks=2, syncs=1, batches=1, groups=(1, 6))
+SHARE = 8  # responses that are scored together at most
 ENGINES = 4  # that take turns on one core; with more, caches are no colder
 CUTS = ((4096, 4), (1024, 2))  # tokens of a micro-batch and prompts of an optimizer step, to tell what each takes
 
@@ -305,12 +306,20 @@ class Profiler:
         self.hosts.get([actor.close.remote() for actor in actors])
 
     def _score(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch with its log-probs."""
-        scores: TokenScores = self._on_engine("score", batch)
-        padded = padded_tokens(batch.sequence_tokens(), self.learner_settings.micro_batch_tokens)
-        self.scores.append((padded, scores.seconds))
-        self.paddings.append(padded / scores.tokens)
-        return batch.with_scores([scores])
+        """The batch with its log-probs, computed in shares as functions get them: a large one takes more per token."""
+        parts = []
+        for first in range(0, len(batch), SHARE):
+            rows = slice(first, first + SHARE)
+            share = TrainingBatch(
+                batch.prompt_token_ids[rows], batch.response_token_ids[rows], batch.rewards[rows], batch.groups[rows]
+            )
+            self._turn += 1
+            scores: TokenScores = self._on_engine("score", share)
+            padded = padded_tokens(share.sequence_tokens(), self.learner_settings.micro_batch_tokens)
+            self.scores.append((padded, scores.seconds))
+            self.paddings.append(padded / scores.tokens)
+            parts.append(replace(scores, indices=tuple(first + index for index in scores.indices)))
+        return batch.with_scores(parts)
 
     def _learn(self, actors: Sequence[Any], ranks: Ranks, batch: TrainingBatch) -> None:
         batch = self._score(batch)

@@ -155,4 +155,4 @@ def test_a_policy_is_validated_on_the_walls_clock(profiled: tuple[Profile, str],
     assert {(step, stage) for step in (0, 1) for stage in measured} | {(1, "weight_sync")} <= stages
     assert all(row["real_s"] > 0 for row in found["rows"])
     names = {entry.name for entry in (tmp_path / "there").iterdir()}
-    assert {"rows.csv", "validation.json", "timelines.png", "verl-real-0", "verl-simulated-0"} == names
+    assert {"rows.csv", "validation.json", "profile.json", "timelines.png", "verl-real-0", "verl-simulated-0"} == names

@@ -7,7 +7,6 @@ Real runs are repeated, with a fixed probe before and after each, so that drift 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import statistics
 import tempfile
@@ -30,7 +29,7 @@ from simrl.real_backend.replays import Player, mean_s
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.estimates import ProfiledEstimates
 from simrl.simulator.profiled import ProfiledCosts
-from simrl.traces.lengths import LengthModel, load_workload
+from simrl.traces.lengths import load_workload
 from simrl.traces.oracle import Oracle
 from simrl.traces.parameters import Parameters
 from simrl.traces.profile import Profile, load_profile
@@ -45,10 +44,9 @@ STAGES: Mapping[str, str] = {
 RANKED = ("step", "gpu_s")  # what policies are ranked by
 
 VOCABULARY = 256  # token ids of prompts are below it: any model has so many
-SHORTER = 2  # responses of the validation are so many times shorter than the workload's
 PRESET: Sequence[str] = (
-    "job.prompts_per_step=12", "job.responses_per_prompt=4", "job.dataset_prompts=12", "job.mini_batch_prompts=6",
-    "job.steps=4", "job.max_prompt_tokens=96", "job.max_response_tokens=384", "engine.tensor_parallel=1",
+    "job.prompts_per_step=8", "job.responses_per_prompt=3", "job.dataset_prompts=8", "job.mini_batch_prompts=4",
+    "job.steps=4", "job.max_prompt_tokens=256", "job.max_response_tokens=512", "engine.tensor_parallel=1",
     "engine.max_num_seqs=32", "engine.max_num_batched_tokens=2048", "cluster.nodes=1",
 )  # fmt: skip
 """A job that a tiny model does on a CPU within seconds; every step is an epoch, so that policies see history soon."""
@@ -123,18 +121,6 @@ class Validation:
         }
 
 
-def short_responses(name: str) -> LengthModel:
-    """The workload of that name with responses, prompts and template shortened, so that a tiny model can replay it."""
-    lengths = load_workload(name)
-    return replace(
-        lengths,
-        mu=lengths.mu - math.log(SHORTER),
-        template_tokens=lengths.template_tokens // SHORTER,
-        prompt_tokens=tuple(max(tokens // 2, 1) for tokens in lengths.prompt_tokens),
-        source=f"{lengths.source}; responses {SHORTER} times shorter, for a tiny model",
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Site:
     """What the policies run on, simulated and for real.
@@ -171,9 +157,10 @@ def validate(
         repeats: Of each policy's real run.
         progress: Told what is done.
     """
-    job, tiny = config.job, site.profile.model.name == TINY
-    lengths = short_responses(job.workload) if tiny else load_workload(job.workload)
-    oracle = Oracle(lengths, config.seed, job.dataset_prompts, job.responses_per_prompt, job.max_response_tokens)
+    job = config.job
+    oracle = Oracle(
+        load_workload(job.workload), config.seed, job.dataset_prompts, job.responses_per_prompt, job.max_response_tokens
+    )
     costs = ProfiledCosts(
         job, config.engine, site.profile, nodes=config.cluster.nodes, gpus_per_node=site.gpus,
         parameters=Parameters({}), path=site.profile_path, clock=site.clock,

@@ -101,7 +101,7 @@ class Extent:
     parks: int = 8
     syncs: int = 3
     batches: int = 1
-    groups: tuple[int, ...] = (1, 2, 4, 6)
+    groups: tuple[int, ...] = (1, 2, 5)
 
 
 QUICK = Extent(replays=3, fitted_rounds=2, held_out_rounds=1, moves=2, parks=2, syncs=1, batches=1, groups=(1, 6))
@@ -170,7 +170,7 @@ class Profiler:
         return profile
 
     def _tasks(self) -> list[Callable[[], None]]:
-        """All measurements in a drawn order, a probe before every third."""
+        """All measurements in a drawn order, a probe before every fifth."""
         extent = self.extent
         tasks: list[Callable[[], None]] = [
             partial(self._replay, index, held_out=index >= extent.fitted_rounds)
@@ -183,7 +183,7 @@ class Profiler:
         tasks += [self._park_and_wake] * extent.parks
         order = stream(self.seed, "order").permutation(len(tasks))
         shuffled = [tasks[index] for index in order]
-        return [task for i, each in enumerate(shuffled) for task in ([self._probe, each] if i % 4 == 0 else [each])]
+        return [task for i, each in enumerate(shuffled) for task in ([self._probe, each] if i % 5 == 0 else [each])]
 
     def _now_s(self) -> float:
         return time.perf_counter() - self.began_s

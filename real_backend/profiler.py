@@ -628,8 +628,9 @@ def default_settings(device: Literal["cpu", "cuda"], folder: str) -> tuple[Engin
         device=device,
         dtype=dtype,
         block_tokens=block_tokens,
-        num_kv_blocks=1 + 16384 // block_tokens,
-        max_model_len=1024,
+        num_kv_blocks=1 + (16_384 if cpu else 131_072) // block_tokens,
+        max_model_len=1024 if cpu else 4096,
+        max_num_seqs=32 if cpu else 64,
         enforce_eager=cpu,
     )
     learner = LearnerSettings(model_folder=folder, rank=0, world=1, rendezvous="", device=device, dtype=dtype)

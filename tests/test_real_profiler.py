@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from simrl.cli import main
-from simrl.real_backend.profiler import draw_batch, padded_tokens
+from simrl.real_backend.profiler import default_settings, draw_batch, padded_tokens
 from simrl.real_backend.replays import MAX_RESPONSE_TOKENS, Item, Prefills, draw_workload
 from simrl.traces.profile import Profile, load_profile
 
@@ -73,6 +73,14 @@ def test_what_cannot_be_profiled_is_said_at_once(
     assert says in error
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_profiled_on_gpus() -> None:
+    engine, learner = default_settings("cuda", "some/folder")
+    assert (engine.device, engine.dtype, engine.enforce_eager, engine.block_tokens) == ("cuda", "bfloat16", False, 16)
+    assert engine.num_kv_blocks is not None
+    assert (engine.num_kv_blocks - 1) * engine.block_tokens >= 8 * engine.max_model_len
+    assert (learner.device, learner.dtype) == ("cuda", "bfloat16")
 
 
 # --- One real profile. ---

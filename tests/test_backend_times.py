@@ -104,7 +104,7 @@ def test_a_function_takes_each_stage_in_turn() -> None:
         ("generation 0", generated_s), ("a drained", generated_s),
         ("preparation 0", prepared_s), ("a prepared", prepared_s),
         ("learning 0", learned_s), ("step 1", learned_s), ("a learned", learned_s),
-        ("generation 1", generated_1_s), ("a drained", generated_1_s),
+        ("weight_sync 1", synced_s), ("generation 1", generated_1_s), ("a drained", generated_1_s),
         ("preparation 1", prepared_1_s), ("a prepared", prepared_1_s),
         ("over", learned_1_s),
     ]  # fmt: skip

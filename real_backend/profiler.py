@@ -88,7 +88,6 @@ class Extent:
         fitted_rounds: Rounds that the tables are fitted to.
         held_out_rounds: Others that they are held against.
         moves: KV moves and prefix hits, of each length.
-        parks: Parks and wakes.
         syncs: Weight syncs after each round of batches.
         batches: Rounds of batches, for each learner and each way of cutting them.
         groups: Sizes of a round's batches, of a learner of up to two ranks; more ranks get more.
@@ -98,13 +97,12 @@ class Extent:
     fitted_rounds: int = 2
     held_out_rounds: int = 1
     moves: int = 4
-    parks: int = 8
     syncs: int = 3
     batches: int = 1
     groups: tuple[int, ...] = (1, 2, 5)
 
 
-QUICK = Extent(replays=3, fitted_rounds=2, held_out_rounds=1, moves=2, parks=2, syncs=1, batches=1, groups=(1, 6))
+QUICK = Extent(replays=3, fitted_rounds=2, held_out_rounds=1, moves=2, syncs=1, batches=1, groups=(1, 6))
 SHARE = 8  # responses that are scored together at most
 ENGINES = 4  # that take turns on one core; with more, caches are no colder
 CUTS = ((4096, 4), (1024, 2))  # tokens of a micro-batch and prompts of an optimizer step, to tell what each takes
@@ -180,7 +178,6 @@ class Profiler:
             tasks += [partial(self._move_kv, tokens), partial(self._hit_prefixes, tokens, index)]
         rounds = itertools.product(self.learners, CUTS, range(extent.batches))
         tasks += [partial(self._learn_round, ranks, *cut, index) for ranks, cut, index in rounds]
-        tasks += [self._park_and_wake] * extent.parks
         order = stream(self.seed, "order").permutation(len(tasks))
         shuffled = [tasks[index] for index in order]
         return [task for i, each in enumerate(shuffled) for task in ([self._probe, each] if i % 5 == 0 else [each])]
@@ -276,13 +273,13 @@ class Profiler:
         self.loads.append((moved.tokens, loaded.seconds))
         self.block_bytes = moved.bytes * block_tokens // moved.tokens
 
-    def _park_and_wake(self) -> None:
-        self.parks.append((self._on_engine("park"), self._on_engine("wake")))
-
     # --- learner ---
 
     def _learn_round(self, ranks: Ranks, micro_batch_tokens: int, mini_batch_prompts: int, index: int) -> None:
-        """Connect the ranks, learn batches of all sizes, write the weights and take them in."""
+        """Connect the ranks, learn batches of all sizes, write the weights and take them in.
+
+        The engines are parked meanwhile, as they are in a run: waking takes longer when others have used the memory.
+        """
         actors = self.hosts.learners([Place(0, (gpu,)) for gpu in range(ranks.world)])
         import_s = max(self.hosts.get([actor.ready.remote() for actor in actors]))
         rendezvous = f"file://{self.run_folder}/ranks-{self.player.new_id()}"
@@ -297,10 +294,12 @@ class Profiler:
         pairs = zip(actors, settings, strict=True)
         connected = self.hosts.get([actor.connect.remote(mine) for actor, mine in pairs])
         ranks.starts.append({"import_s": import_s, "connect_s": max(timed.wall_s for timed in connected)})
+        parks_s = self._on_all("park")
         rng = stream(self.seed, "round", ranks.world, micro_batch_tokens, index)
         self._learn(actors, Ranks(ranks.world), draw_batch(rng, ranks.world, self.player.vocabulary))  # to warm up
         for groups in rng.permutation(self.extent.groups).tolist():
             self._learn(actors, ranks, draw_batch(rng, groups * -(-ranks.world // 2), self.player.vocabulary))
+        self.parks += zip(parks_s, self._on_all("wake"), strict=True)
         for _ in range(self.extent.syncs):
             self._sync(actors, ranks)
         self.hosts.get([actor.close.remote() for actor in actors])

@@ -70,8 +70,8 @@ def draw_length(rng: np.random.Generator) -> int:
 
 
 def probe_workload() -> Workload:
-    """The fixed one: 16 responses of 4 to 64 tokens."""
-    return tuple(Item(i, 32, 4 * (i + 1)) for i in range(16))
+    """The fixed one: 10 responses of 4 to 40 tokens."""
+    return tuple(Item(i, 32, 4 * (i + 1)) for i in range(10))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +19,11 @@ import pandas as pd
 from simrl.experiments.config import Config, ConfigError, load_config
 from simrl.experiments.run import policy_of, work_of
 from simrl.policies.contract import drive
-from simrl.real_backend.actors import HostPool, Place
+from simrl.real_backend.actors import HostPool
 from simrl.real_backend.backend import ClockName, RealBackend, Replay
 from simrl.real_backend.engine import EngineSettings
 from simrl.real_backend.learner_settings import LearnerSettings
-from simrl.real_backend.profiler import TINY, check_real, default_clock, default_settings, measure, write_tiny
+from simrl.real_backend.profiler import check_real, default_clock, default_settings, local_model, measure
 from simrl.real_backend.replays import Player, mean_s
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.estimates import ProfiledEstimates
@@ -220,10 +219,7 @@ def run_validation(
             " all of them see (--folder)"
         )
     measured = load_profile(profile) if profile is not None else None
-    with tempfile.TemporaryDirectory(prefix="simrl-", dir=folder) as model_folder:
-        name, place = (TINY, model_folder) if model == TINY else (Path(model).resolve().name, model)
-        if model == TINY:
-            write_tiny(model_folder)
+    with local_model(model, folder) as (name, place):
         engine, learner = _settings(device, place, measured, config)
         learner = replace(learner, interface="lo" if address is None else interface)
         with HostPool(engine, learner, address=address, folder=folder) as hosts:
@@ -258,9 +254,7 @@ def _real(config: Config, oracle: Oracle, costs: ProfiledCosts, site: Site, repe
 def probe(site: Site) -> float:
     """Seconds of the profile's fixed replay, now, on as many engines in turn."""
     site.hosts.new_run()  # all hosts are idle
-    gpus = site.profile.engine.tensor_parallel
-    places = [Place(0, tuple(range(i * gpus, (i + 1) * gpus))) for i in range(min(site.profile.engines, site.gpus))]
-    hosts = [site.hosts.take_ready(place) for place in places]
+    hosts = site.hosts.take_side_by_side(min(site.profile.engines, site.gpus))
     seconds = mean_s(Player(site.hosts, 0).probe([host.actor for host in hosts], site.clock))
     site.hosts.new_run()
     return seconds

@@ -311,6 +311,11 @@ class HostPool:
         host.ready()
         return host
 
+    def take_side_by_side(self, count: int) -> list[WarmHost]:
+        """As `take_ready`, so many on the first node, each on the GPUs after those of the one before."""
+        gpus = self.engine.tensor_parallel
+        return [self.take_ready(Place(0, tuple(range(i * gpus, (i + 1) * gpus)))) for i in range(count)]
+
     def starting(self, host: WarmHost) -> AbstractContextManager[None]:
         """The block waits for a host; raises `ClusterError` if it cannot start."""
         return starting(f"engine {1 + self._taken.index(host)}", _memory_asked_for(self.engine))

@@ -62,25 +62,21 @@ class RealFunction(ClusterFunction):
 
     def switch(self, role: Role) -> simpy.Event | None:
         """An engine gives its memory up while its function prepares or learns."""
-        wants_engine = role in ("prefill", "decode")
-        if self.host is None or wants_engine == self._engine_awake:
-            return None
-        self._engine_awake = wants_engine
-        return self._call("wake" if wants_engine else "park")
+        return self._make_engine(awake=role in ("prefill", "decode"))
 
     def park_work(self) -> simpy.Event | None:
         """Free the engine's memory, unless it is free already."""
-        if self.host is None or not self._engine_awake:
-            return None
-        self._engine_awake = False
-        return self._call("park")
+        return self._make_engine(awake=False)
 
     def wake_work(self) -> simpy.Event | None:
         """Take it again."""
-        if self.host is None or self._engine_awake:
+        return self._make_engine(awake=True)
+
+    def _make_engine(self, *, awake: bool) -> simpy.Event | None:
+        if self.host is None or awake == self._engine_awake:
             return None
-        self._engine_awake = True
-        return self._call("wake")
+        self._engine_awake = awake
+        return self._call("wake" if awake else "park")
 
     def end(self) -> None:
         """The host waits for the next function."""

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -34,6 +34,7 @@ from simrl.real_backend.backend import ClockName
 from simrl.real_backend.batch import TokenScores, TrainingBatch, micro_batches
 from simrl.real_backend.engine import CPU_BLOCK_TOKENS, EngineSettings, Work
 from simrl.real_backend.learner_settings import LearnerSettings, LearnStats
+from simrl.real_backend.ranks import begin_to_meet, busiest
 from simrl.real_backend.replays import (
     FIRST_TOKEN,
     PROMPT_TOKENS,
@@ -152,7 +153,7 @@ class Profiler:
     def run(self, quick: bool, on_progress: Callable[[int], None] | None) -> Profile:
         """Measure everything; the pool's hosts are idle again afterwards."""
         self.run_folder = self.hosts.new_run()
-        self.engines = [self._take_engine(index) for index in range(self._num_engines)]
+        self.engines = self._take_engines()
         self.call_s = self._empty_call_s()
         self.start_scorer_s = max(self._on_all("load_scorer", self.settings.model, 0))
         self._warm_up()
@@ -196,12 +197,12 @@ class Profiler:
 
     # --- engine ---
 
-    def _take_engine(self, index: int) -> Any:
-        gpus = self.settings.tensor_parallel
-        host = self.hosts.take_ready(Place(0, tuple(range(index * gpus, (index + 1) * gpus))))
-        phases = dict(self.hosts.get(host.actor.ready.remote()))
-        self.engine_starts.append({"process_s": host.ready() - sum(phases.values()), **phases})
-        return host.actor
+    def _take_engines(self) -> list[Any]:
+        hosts = self.hosts.take_side_by_side(self._num_engines)
+        for host in hosts:
+            phases = dict(self.hosts.get(host.actor.ready.remote()))
+            self.engine_starts.append({"process_s": host.ready() - sum(phases.values()), **phases})
+        return [host.actor for host in hosts]
 
     def _empty_call_s(self) -> float:
         seconds = []
@@ -282,17 +283,11 @@ class Profiler:
         """
         actors = self.hosts.learners([Place(0, (gpu,)) for gpu in range(ranks.world)])
         import_s = max(self.hosts.get([actor.ready.remote() for actor in actors]))
-        rendezvous = f"file://{self.run_folder}/ranks-{self.player.new_id()}"
-        common = replace(
-            self.learner_settings,
-            world=ranks.world,
-            rendezvous=rendezvous,
-            micro_batch_tokens=micro_batch_tokens,
-            mini_batch_prompts=mini_batch_prompts,
+        settings = replace(
+            self.learner_settings, micro_batch_tokens=micro_batch_tokens, mini_batch_prompts=mini_batch_prompts
         )
-        settings = [replace(common, rank=rank) for rank in range(ranks.world)]
-        pairs = zip(actors, settings, strict=True)
-        connected = self.hosts.get([actor.connect.remote(mine) for actor, mine in pairs])
+        rendezvous = self.run_folder / f"ranks-{self.player.new_id()}"
+        connected: list[Timed] = self.hosts.get(begin_to_meet(actors, settings, rendezvous))
         ranks.starts.append({"import_s": import_s, "connect_s": max(timed.wall_s for timed in connected)})
         parks_s = self._on_all("park")
         rng = stream(self.seed, "round", ranks.world, micro_batch_tokens, index)
@@ -322,18 +317,16 @@ class Profiler:
 
     def _learn(self, actors: Sequence[Any], ranks: Ranks, batch: TrainingBatch) -> None:
         batch = self._score(batch)
-        busiest: Timed = max(
-            self.hosts.get([actor.update.remote(batch, 0) for actor in actors]), key=lambda timed: timed.cpu_s
-        )
-        stats: LearnStats = busiest.result
-        ranks.updates.append(((stats.mini_batches, stats.micro_batches, stats.padded_tokens), busiest))
+        update = busiest(self.hosts.get([actor.update.remote(batch, 0) for actor in actors]))
+        stats: LearnStats = update.result
+        ranks.updates.append(((stats.mini_batches, stats.micro_batches, stats.padded_tokens), update))
 
     def _sync(self, actors: Sequence[Any], ranks: Ranks) -> None:
         """The learner writes its weights; engines and scorers take them in."""
         version = self.player.new_id()
         folder = str(self.run_folder / f"weights-{version}")
         written = self.hosts.get([actor.export_weights.remote(folder) for actor in actors])
-        ranks.exports.append(max(written, key=lambda timed: timed.cpu_s))
+        ranks.exports.append(busiest(written))
         self.load_weights_s.append(max(self._on_all("load_weights", folder, version)))
         self.load_scorer_s += self._on_all("load_scorer", folder, version)
 
@@ -577,16 +570,11 @@ def profile_model(
         ProfilingFailed: KV that was saved could not be loaded, or the tiny model could not be written.
     """
     kind: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
-    with tempfile.TemporaryDirectory(prefix="simrl-") as folder:
-        name = model if model == TINY else Path(model).resolve().name
-        if model == TINY:
-            write_tiny(folder)
-            model = folder
-        with HostPool(*default_settings(kind, model)) as hosts:
-            return measure(
-                hosts, name, clock or default_clock(device), gpus or default_gpus(device), quick=quick, seed=seed,
-                on_progress=on_progress,
-            )  # fmt: skip
+    with local_model(model) as (name, folder), HostPool(*default_settings(kind, folder)) as hosts:
+        return measure(
+            hosts, name, clock or default_clock(device), gpus or default_gpus(device), quick=quick, seed=seed,
+            on_progress=on_progress,
+        )  # fmt: skip
 
 
 def measure(
@@ -636,7 +624,18 @@ def default_settings(device: Literal["cpu", "cuda"], folder: str) -> tuple[Engin
     return engine, learner
 
 
-def write_tiny(folder: str) -> None:
+@contextlib.contextmanager
+def local_model(model: str, folder: Path | None = None) -> Iterator[tuple[str, str]]:
+    """The name and the folder of a model; that of the tiny one is made for the block, in *folder*."""
+    if model != TINY:
+        yield Path(model).resolve().name, model
+        return
+    with tempfile.TemporaryDirectory(prefix="simrl-", dir=folder) as place:
+        _write_tiny(place)
+        yield TINY, place
+
+
+def _write_tiny(folder: str) -> None:
     """Write the tiny model in a process of its own: what making it imports is gone afterwards.
 
     Raises:

@@ -15,7 +15,7 @@ from simrl.policies.runtime.function import HostDied, Process
 from simrl.real_backend.actors import HostPool, Place, Timed
 from simrl.real_backend.batch import TrainingBatch
 from simrl.real_backend.clock import Clock
-from simrl.real_backend.learner_settings import LearnerLost, LearnStats
+from simrl.real_backend.learner_settings import LearnerLost, LearnerSettings, LearnStats
 
 ATTEMPTS = 3
 PROBE = tuple(3 + (7 * i) % 200 for i in range(24))  # a text whose log-probs tell weights apart
@@ -117,13 +117,8 @@ class Learner:
         if self._connections:  # the first ranks start with the run
             yield self._clock.took(time.perf_counter() - started_s)
         self._connections += 1
-        rendezvous = f"file://{self._folder / f'rendezvous-{self._connections}'}"
-        common = replace(self._hosts.learner, world=len(places), rendezvous=rendezvous)
-        settings = [replace(common, rank=rank) for rank in range(common.world)]
-        ranks = self._ranks
-        yield self._clock.call(
-            lambda: [rank.connect.remote(mine) for rank, mine in zip(ranks, settings, strict=True)], busiest_s
-        )
+        ranks, rendezvous = self._ranks, self._folder / f"rendezvous-{self._connections}"
+        yield self._clock.call(lambda: begin_to_meet(ranks, self._hosts.learner, rendezvous), busiest_s)
         if self._saved:
             yield self._all_ranks("load_checkpoint", str(self._checkpoint(self._saved)))
         self._held = self._saved
@@ -181,6 +176,17 @@ class Learner:
         return self._clock.call(begin, busiest_s)
 
 
-def busiest_s(ranks: Sequence[Timed]) -> float:
+def begin_to_meet(actors: Sequence[Any], settings: LearnerSettings, rendezvous: Path) -> list[Any]:
+    """Calls in which all ranks of a learner connect, by a file that is not there yet."""
+    common = replace(settings, world=len(actors), rendezvous=f"file://{rendezvous}")
+    return [actor.connect.remote(replace(common, rank=rank)) for rank, actor in enumerate(actors)]
+
+
+def busiest(ranks: Sequence[Timed]) -> Timed:
     """Ranks share this machine's cores, so that their wall time is not a cluster's; CPU time holds no waiting."""
-    return max(timed.cpu_s for timed in ranks)
+    return max(ranks, key=lambda timed: timed.cpu_s)
+
+
+def busiest_s(ranks: Sequence[Timed]) -> float:
+    """CPU seconds of the busiest."""
+    return busiest(ranks).cpu_s

@@ -10,11 +10,12 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
+import pandas as pd
 import pytest
 from clusters import Lengths, make_job
-from test_backend import check_apart, check_stages
 
 from simrl.policies.contract import (
     Assign,
@@ -220,6 +221,17 @@ def check_samples(frames: Frames, job: Job, work: Callable[[int], StepWork]) -> 
     assert (samples.finished_s < samples.prepared_s).all()
 
 
+def check_stages(frames: Frames) -> None:
+    """Stages against the samples: they end with their last response, and learning waits for all."""
+    phases = frames.phases
+    for step, samples in frames.samples.groupby("step"):
+        stages = phases[phases.step == step].set_index("stage")
+        assert stages.start_s["learning"] >= samples.prepared_s.max() - 1e-9
+        assert stages.end_s["generation"] == pytest.approx(samples.finished_s.max(), rel=1e-12)
+        assert stages.end_s["preparation"] == pytest.approx(samples.prepared_s.max(), rel=1e-12)
+    assert (phases.end_s >= phases.start_s).all()
+
+
 def check_order(frames: Frames, job: Job) -> None:
     """Of stages and steps: learning follows the rest, and a step the learning of the one that its weights are of."""
     assert set(frames.phases.step) == set(range(job.steps)), "every step is learned"
@@ -250,6 +262,13 @@ def check_leases(frames: Frames) -> None:
     holding = workers[~parked].assign(gpu=workers.gpu_ids.str.split(",")).explode("gpu")
     for gpu, rows in holding.groupby(["node", "gpu"]):
         check_apart(rows, f"uses of GPU {gpu}")
+
+
+def check_apart(rows: pd.DataFrame, what: str) -> None:
+    """No two of these intervals overlap."""
+    times = sorted(zip(rows.start_s, rows.end_s, strict=True))
+    for (_, end_s), (start_s, _) in pairwise(times):
+        assert start_s >= end_s - 1e-9, f"{what} overlap"
 
 
 # --- driving by hand ---

@@ -6,11 +6,11 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pandas as pd
 import pytest
 from clusters import EXACT_STARTS, Lengths, make_backend, make_costs, make_job
+from conformance import check_leases, check_stages
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from random_policy import RandomPolicy
@@ -164,36 +164,12 @@ def check_samples(case: Case, frames: Frames) -> None:
     assert (samples.migrations >= 0).all()
 
 
-def check_stages(frames: Frames) -> None:
-    phases = frames.phases
-    for step, samples in frames.samples.groupby("step"):
-        stages = phases[phases.step == step].set_index("stage")
-        assert stages.start_s["learning"] >= samples.prepared_s.max() - 1e-9
-        assert stages.end_s["generation"] == pytest.approx(samples.finished_s.max(), rel=1e-12)
-        assert stages.end_s["preparation"] == pytest.approx(samples.prepared_s.max(), rel=1e-12)
-    assert (phases.end_s >= phases.start_s).all()
-
-
 def check_workers(frames: Frames, watch: Watch) -> None:
-    workers = frames.workers
-    assert (workers.end_s > workers.start_s).all()
-    parked = workers.state == "parked"
-    assert (workers.gpu_ids[parked] == "").all(), "a parked function holds no GPU"
-    assert (workers.gpu_ids[~parked].str.split(",").map(len) == workers.gpus[~parked]).all()
-    for name, rows in workers.groupby("function"):
-        check_apart(rows, f"intervals of {name}")
-    holding = workers[~parked].assign(gpu=workers.gpu_ids.str.split(",")).explode("gpu")
-    for gpu, rows in holding.groupby(["node", "gpu"]):
-        check_apart(rows, f"use of GPU {gpu}")
-    billed = ((workers.end_s - workers.start_s) * workers.gpus)[~parked].groupby(workers.function).sum()
+    check_leases(frames)
+    workers = frames.workers[frames.workers.state != "parked"]
+    billed = ((workers.end_s - workers.start_s) * workers.gpus).groupby(workers.function).sum()
     leased = {name: seconds for name, seconds in watch.leased_s.items() if seconds > 0}
     assert billed.to_dict() == pytest.approx(leased, rel=1e-9), "a GPU-second is billed once, and each one is"
-
-
-def check_apart(rows: pd.DataFrame, what: str) -> None:
-    times = sorted(zip(rows.start_s, rows.end_s, strict=True))
-    for (_, end_s), (start_s, _) in pairwise(times):
-        assert start_s >= end_s - 1e-9, f"{what} overlap"
 
 
 def assert_same(first: Frames, second: Frames) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 import pytest
 from clusters import EXACT_STARTS, make_backend, make_costs, make_job
+from conformance import check_leases, check_stages
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from random_policy import RandomPolicy
-from test_backend import check_apart, check_stages
 
 from simrl.policies.contract import (
     Assign,
@@ -514,8 +514,7 @@ def check_frames(case: Case, frames: Frames) -> None:
     assert samples.response_tokens.tolist() == wanted
     assert frames.phases[frames.phases.stage == "step"].step.tolist() == list(range(len(case.steps)))
     check_stages(frames)
-    for name, rows in frames.workers.groupby("function"):
-        check_apart(rows, f"intervals of {name}")
+    check_leases(frames)
 
 
 class CarelessRandomPolicy(RandomPolicy):

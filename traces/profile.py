@@ -198,11 +198,8 @@ class Line(Section):
     @classmethod
     def fit(cls, measured: Sequence[tuple[int, float]]) -> Line:
         """To pairs of tokens and seconds, by least absolute relative errors."""
-        rows = np.array([(1.0, tokens) for tokens, _ in measured])
-        seconds = np.array([seconds for _, seconds in measured])
-        unknowns = _relative_fit(rows, seconds)
+        unknowns, residual = _relative_fit([(1, tokens) for tokens, _ in measured], [s for _, s in measured])
         points = [LinePoint(tokens=n, seconds=Quartiles.of(each)) for n, each in _grouped(measured)]
-        residual = Quartiles.of((seconds / (rows @ unknowns) - 1).tolist())
         return cls(fixed_s=unknowns[0], token_s=unknowns[1], residual=residual, points=tuple(points))
 
     def seconds(self, tokens: float) -> float:
@@ -242,14 +239,12 @@ class UpdateTimes(Section):
     @classmethod
     def fit(cls, measured: Sequence[tuple[tuple[int, int, int], float]]) -> UpdateTimes:
         """To (optimizer steps, micro-batches, tokens) and seconds, by least absolute relative errors."""
-        rows = np.array([place for place, _ in measured], dtype=float)
-        seconds = np.array([seconds for _, seconds in measured])
-        unknowns = _relative_fit(rows, seconds)
+        unknowns, residual = _relative_fit([place for place, _ in measured], [s for _, s in measured])
         return cls(
             optimizer_step_s=unknowns[0],
             micro_batch_s=unknowns[1],
             token_s=unknowns[2],
-            residual=Quartiles.of((seconds / (rows @ unknowns) - 1).tolist()),
+            residual=residual,
             points=tuple(
                 UpdatePoint(optimizer_steps=steps, micro_batches=micro, tokens=tokens, seconds=Quartiles.of(each))
                 for (steps, micro, tokens), each in _grouped(measured)
@@ -626,13 +621,14 @@ def probe_at(probes: Sequence[ProbePoint], at_s: float) -> float:
     return statistics.fmean([*before, *after])
 
 
-def _relative_fit(rows: Floats, seconds: Floats) -> Floats:
-    """Unknowns >= 0 of least absolute relative errors."""
+def _relative_fit(places: Sequence[Sequence[int]], measured_s: Sequence[float]) -> tuple[Floats, Quartiles]:
+    """Unknowns >= 0 of least absolute relative errors, and measured / fitted - 1."""
+    rows, seconds = np.array(places, dtype=float), np.array(measured_s)
     guess = seconds
     for _ in range(FIT_ROUNDS):
         unknowns = _robust_step(rows, seconds, guess)
         guess = np.maximum(rows @ unknowns, SHORTEST_S)
-    return unknowns
+    return unknowns, Quartiles.of((seconds / (rows @ unknowns) - 1).tolist())
 
 
 def _robust_step(rows: Floats, seconds: Floats, guess: Floats) -> Floats:

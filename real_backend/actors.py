@@ -305,16 +305,26 @@ class HostPool:
         Raises:
             ClusterError: it could not start, or was not ready in time.
         """
-        host = self.take(place)
+        return self._wait_until_ready(self.take(place))
+
+    def _wait_until_ready(self, host: WarmHost) -> WarmHost:
         with self.starting(host):
             self.get(host.actor.ready.remote(), START_TIMEOUT_S)
         host.ready()
         return host
 
     def take_side_by_side(self, count: int) -> list[WarmHost]:
-        """As `take_ready`, so many on the first node, each on the GPUs after those of the one before."""
-        gpus = self.engine.tensor_parallel
-        return [self.take_ready(Place(0, tuple(range(i * gpus, (i + 1) * gpus)))) for i in range(count)]
+        """As `take_ready`, so many on the first node, each on the GPUs after those of the one before.
+
+        As many start at once as there are cores.
+        """
+        gpus, at_once = self.engine.tensor_parallel, len(os.sched_getaffinity(0))
+        places = [Place(0, tuple(range(i * gpus, (i + 1) * gpus))) for i in range(count)]
+        hosts: list[WarmHost] = []
+        for first in range(0, count, at_once):
+            starting = [self.take(place) for place in places[first : first + at_once]]
+            hosts += [self._wait_until_ready(host) for host in starting]
+        return hosts
 
     def starting(self, host: WarmHost) -> AbstractContextManager[None]:
         """The block waits for a host; raises `ClusterError` if it cannot start."""

@@ -1,15 +1,10 @@
-"""What a learner trains on, and how it is cut: mini-batches for optimizer steps, shares for ranks, micro-batches.
-
-Every rank of a learner gets the whole batch (token ids are small) and cuts it here by the same rules, so that all ranks
-know, without asking each other, who takes what and how many micro-batches the busiest of them has.
-"""
+"""What a learner trains on: token ids, rewards and scores of a batch, and the rectangles that a model gets of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -132,55 +127,6 @@ def _merged(parts: Sequence[TokenScores], columns: Sequence[tuple[Column, ...] |
             return None
         by_index.update(zip(part.indices, column, strict=True))
     return tuple(by_index[index] for index in sorted(by_index))
-
-
-def mini_batches(groups: Sequence[int | str], prompts: int) -> list[list[int]]:
-    """Positions of the responses of each optimizer step: whole groups, *prompts* of them, in the order of the batch."""
-    members: dict[int | str, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    whole = list(members.values())
-    return [list(chain(*whole[start : start + prompts])) for start in range(0, len(whole), prompts)]
-
-
-def shares(tokens: Sequence[int], indices: Sequence[int], ranks: int) -> list[list[int]]:
-    """Divide *indices* over *ranks* with nearly equal sums of *tokens*: longest first, each to the least loaded rank.
-
-    A share can be empty.
-    """
-    parts: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for index in _longest_first(tokens, indices):
-        rank = load.index(min(load))
-        parts[rank].append(index)
-        load[rank] += tokens[index]
-    return parts
-
-
-def micro_batches(tokens: Sequence[int], indices: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
-    """Cut *indices* so that each part, padded to its longest sequence, has at most *micro_batch_tokens* tokens.
-
-    Sequences of similar length come together. One that is longer than the limit has a micro-batch of its own.
-    """
-    parts: list[list[int]] = []
-    for index in _longest_first(tokens, indices):
-        if parts and (len(parts[-1]) + 1) * tokens[parts[-1][0]] <= micro_batch_tokens:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return parts
-
-
-def rank_micro_batches(
-    tokens: Sequence[int], indices: Sequence[int], rank: int, world: int, micro_batch_tokens: int
-) -> tuple[list[list[int]], int]:
-    """One rank's micro-batches of *indices*, and how many the rank with the most of them has."""
-    by_rank = [micro_batches(tokens, share, micro_batch_tokens) for share in shares(tokens, indices, world)]
-    return by_rank[rank], max(map(len, by_rank))
-
-
-def _longest_first(tokens: Sequence[int], indices: Sequence[int]) -> list[int]:
-    return sorted(indices, key=lambda index: (-tokens[index], index))
 
 
 @dataclass(frozen=True, slots=True)

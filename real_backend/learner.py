@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from simrl.real_backend.batch import Column, PaddedBatch, TokenScores, TrainingBatch, pad, rank_micro_batches
+from simrl.real_backend.batch import Column, PaddedBatch, TokenScores, TrainingBatch, pad
 from simrl.real_backend.learner_settings import BytesMoved, LearnerLost, LearnerSettings, LearnStats
 from simrl.real_backend.sharded_model import (
     TimedCollective,
@@ -37,6 +37,7 @@ from simrl.real_backend.sharded_model import (
     values_of,
 )
 from simrl.real_backend.update import Update
+from simrl.traces.batches import rank_micro_batches
 
 Tensor: TypeAlias = torch.Tensor
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -31,7 +31,7 @@ import numpy as np
 
 from simrl.real_backend.actors import HostPool, Place, Timed
 from simrl.real_backend.backend import ClockName
-from simrl.real_backend.batch import TokenScores, TrainingBatch, micro_batches
+from simrl.real_backend.batch import TokenScores, TrainingBatch
 from simrl.real_backend.engine import CPU_BLOCK_TOKENS, EngineSettings, Work
 from simrl.real_backend.learner_settings import LearnerSettings, LearnStats
 from simrl.real_backend.ranks import begin_to_meet, busiest
@@ -45,6 +45,7 @@ from simrl.real_backend.replays import (
     draw_workload,
     mean_s,
 )
+from simrl.traces.batches import micro_batches, padded_tokens
 from simrl.traces.iteration import IterationTimes
 from simrl.traces.profile import (
     ColdStart,
@@ -105,7 +106,6 @@ class Extent:
 
 QUICK = Extent(replays=3, fitted_rounds=2, held_out_rounds=1, moves=2, syncs=1, batches=1, groups=(1, 6))
 SHARE = 8  # responses that are scored together at most
-ENGINES = 4  # that take turns on one core; with more, caches are no colder
 CUTS = ((4096, 4), (1024, 2))  # tokens of a micro-batch and prompts of an optimizer step, to tell what each takes
 
 
@@ -143,7 +143,6 @@ class Profiler:
         self.block_bytes = 0
         self.parks: list[tuple[float, float]] = []
         self.scores: list[tuple[int, float]] = []  # padded tokens
-        self.paddings: list[float] = []
         self.load_weights_s: list[float] = []
         self.load_scorer_s: list[float] = []
         self.learners = [Ranks(world) for world in sorted({1, ranks})]
@@ -219,7 +218,6 @@ class Profiler:
             self._turn += 1
             self._score(draw_batch(stream(self.seed, "warm-up"), 1, self.player.vocabulary))
         self.scores.clear()
-        self.paddings.clear()
 
     def _probe(self) -> None:
         """The same work as it runs on either clock."""
@@ -309,9 +307,9 @@ class Profiler:
             )
             self._turn += 1
             scores: TokenScores = self._on_engine("score", share)
-            padded = padded_tokens(share.sequence_tokens(), self.learner_settings.micro_batch_tokens)
-            self.scores.append((padded, scores.seconds))
-            self.paddings.append(padded / scores.tokens)
+            tokens = share.sequence_tokens()
+            cut = micro_batches(tokens, range(len(tokens)), self.learner_settings.micro_batch_tokens)
+            self.scores.append((padded_tokens(tokens, cut), scores.seconds))
             parts.append(replace(scores, indices=tuple(first + index for index in scores.indices)))
         return batch.with_scores(parts)
 
@@ -364,7 +362,6 @@ class Profiler:
                 score=Line.fit(self.scores), load_s=Quartiles.of(self.load_scorer_s), first_load_s=self.start_scorer_s
             ),
             micro_batch_tokens=self.learner_settings.micro_batch_tokens,
-            padding=Quartiles.of(self.paddings),
             learners=tuple(_learner(ranks, self.learner_settings) for ranks in self.learners),
             call_overhead_s=self.call_s,
             probe_s=tuple(self.probes),
@@ -401,12 +398,6 @@ class Profiler:
             fitted_iterations=sum(map(len, fitted)),
             fit_error=FitError.of(checks),
         )
-
-
-def padded_tokens(sequence_tokens: Sequence[int], micro_batch_tokens: int) -> int:
-    """Tokens of a batch's micro-batches, each padded to its longest sequence."""
-    parts = micro_batches(sequence_tokens, range(len(sequence_tokens)), micro_batch_tokens)
-    return sum(len(part) * max(sequence_tokens[index] for index in part) for part in parts)
 
 
 def draw_batch(rng: np.random.Generator, groups: int, vocabulary: int) -> TrainingBatch:
@@ -589,7 +580,7 @@ def measure(
 ) -> Profile:
     """Profile the engines and learners of a pool, whose hosts are idle before and after; see `profile_model`."""
     in_turn = hosts.engine.device == "cpu" and clock == "virtual"
-    engines = min(ENGINES, gpus) if in_turn else 1
+    engines = gpus if in_turn else 1
     if quick:
         engines, gpus = min(engines, 2), min(gpus, 2)
     return Profiler(hosts, model_name, clock, engines, gpus, QUICK if quick else Extent(), seed).run(quick, on_progress)

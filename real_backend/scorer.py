@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from simrl.real_backend.batch import TokenScores, TrainingBatch, pad, rank_micro_batches
+from simrl.real_backend.batch import TokenScores, TrainingBatch, pad
 from simrl.real_backend.learner_settings import LearnerSettings
 from simrl.real_backend.sharded_model import load_models, log_probs_and_entropy, now_s
+from simrl.traces.batches import rank_micro_batches
 
 
 class Scorer:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from simrl.real_backend import losses
-from simrl.real_backend.batch import Column, PaddedBatch, TrainingBatch, mini_batches, pad, rank_micro_batches
+from simrl.real_backend.batch import Column, PaddedBatch, TrainingBatch, pad
 from simrl.real_backend.learner_settings import LearnerSettings, LearnStats
 from simrl.real_backend.sharded_model import TimedCollective, Trained, log_probs_and_entropy, now_s, values_of
+from simrl.traces.batches import mini_batches, rank_micro_batches
 
 Tensor: TypeAlias = torch.Tensor
 

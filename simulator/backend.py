@@ -10,7 +10,7 @@ from simrl.policies.contract import Prompt, Start
 from simrl.policies.runtime.backend import ClusterBackend
 from simrl.policies.runtime.function import ClusterFunction
 from simrl.policies.runtime.rollout import Rollout
-from simrl.policies.runtime.steps import StepState, StepWork, deal_to_and_fro, total_tokens
+from simrl.policies.runtime.steps import StepState, StepWork, total_tokens
 from simrl.policies.runtime.view import View
 from simrl.simulator.costs import CostModel, DoesNotFit
 from simrl.simulator.engine import Request
@@ -90,12 +90,11 @@ class SimulatedBackend(ClusterBackend):
         return function.gpus * here, self.costs.node.host_memory_bytes
 
     def learn_work(self, functions: Sequence[ClusterFunction], state: StepState) -> Callable[[], simpy.Event]:
-        """Learning at the pace of the rank with the most tokens."""
+        """Learning on all responses of a step."""
         gpus = sum(function.gpus for function in functions)
         tokens = [total_tokens(rollout) for rollout in state.rollouts]
-        slowest = max(map(sum, deal_to_and_fro(sorted(tokens, reverse=True), gpus)))
         nodes = len({function.node for function in functions})
-        seconds = self.costs.learn_s(slowest, sum(tokens) / len(tokens), gpus, nodes)
+        seconds = self.costs.learn_s(tokens, gpus, nodes)
         return lambda: self.env.timeout(seconds)
 
     def sync_work(self, behind: Sequence[ClusterFunction], version: int) -> Callable[[], simpy.Event]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from simrl.policies.contract import Role
+from simrl.policies.runtime.steps import deal_to_and_fro
 from simrl.simulator.engine import BLOCK_TOKENS
 from simrl.traces.iteration import (
     Execution,
@@ -88,11 +89,11 @@ class CostModel(Protocol):
     def check_fit(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> None:
         """Raise `DoesNotFit` unless each role of a function has room on its GPUs."""
 
-    def prepare_s(self, tokens: int, responses: int, gpus: int, *, loaded: bool = False) -> float:
-        """Preparation of finished responses on one function."""
+    def prepare_s(self, tokens: Sequence[int], gpus: int, *, loaded: bool = False) -> float:
+        """Preparation of responses of so many tokens each, prompts included, on one function."""
 
-    def learn_s(self, rank_tokens: int, mean_tokens: float, gpus: int, nodes: int) -> float:
-        """An update, at the pace of the rank with the most tokens."""
+    def learn_s(self, tokens: Sequence[int], gpus: int, nodes: int) -> float:
+        """An update with a step's responses of so many tokens each, prompts included, in the order of their ids."""
 
     def sync_s(self, gpus: int, nodes: int) -> float:
         """New weights into all engines."""
@@ -322,26 +323,28 @@ class Costs:
         rate = self._parameters.number(f"gpu.{gpu}.peak_flops") * self._parameters.number(f"gpu.{gpu}.forward_mfu")
         return tokens * self._token_flops(mean_tokens / 2) / (rate * gpus)
 
-    def prepare_s(self, tokens: int, responses: int, gpus: int, *, loaded: bool = False) -> float:
-        """Log-probs (values) and rule rewards of *responses* with *tokens* tokens, on one function of *gpus* GPUs.
+    def prepare_s(self, tokens: Sequence[int], gpus: int, *, loaded: bool = False) -> float:
+        """Log-probs (values) and rule rewards of responses of so many tokens each, on one function of *gpus* GPUs.
 
         Models other than the engine's own come over the host link, unless they are *loaded* from the task before;
         rewards are scored on CPU cores meanwhile.
         """
-        if not responses:
+        if not tokens:
             return 0.0
         passes = self._passes("prepare")
         loads = 0.0 if loaded else (passes - 1) * self.weight_bytes / gpus / self.node.host_bytes_per_s
-        reward_s = self._parameters.number("learner.rule_reward_s") * responses
+        reward_s = self._parameters.number("learner.rule_reward_s") * len(tokens)
         reward_s /= self._parameters.number("learner.reward_workers")
-        return max(passes * self.forward_s(tokens, gpus, tokens / responses) + loads, reward_s)
+        return max(passes * self.forward_s(sum(tokens), gpus, sum(tokens) / len(tokens)) + loads, reward_s)
 
-    def learn_s(self, rank_tokens: int, mean_tokens: float, gpus: int, nodes: int) -> float:
-        """Forward, backward and an optimizer step a mini-batch; *rank_tokens* is the slowest FSDP rank's load.
+    def learn_s(self, tokens: Sequence[int], gpus: int, nodes: int) -> float:
+        """Forward, backward and an optimizer step a mini-batch, at the pace of the FSDP rank with the most tokens.
 
         Three forward passes' worth of FLOPs, as MFU counts them: what checkpointing recomputes lowers the MFU.
         Communication overlaps with computing; the longer of the two counts.
         """
+        rank_tokens = max(map(sum, deal_to_and_fro(sorted(tokens, reverse=True), gpus)))
+        mean_tokens = sum(tokens) / len(tokens)
         gpu = self.node.gpu
         rate = self._parameters.number(f"gpu.{gpu}.peak_flops") * self._parameters.number(f"gpu.{gpu}.learn_mfu")
         compute_s = 3 * rank_tokens * self._token_flops(mean_tokens / 2) / rate

@@ -61,14 +61,18 @@ class ProfiledEstimates:
 
     def prepare_s(self, tokens: int, gpus: int) -> float:
         """Preparation of responses with *tokens* tokens on *gpus* GPUs in all."""
-        mean_tokens = (self._costs.job.max_prompt_tokens + self._costs.job.max_response_tokens) / 4
-        return self._costs.prepare_s(tokens, max(1, round(tokens / mean_tokens)), gpus)
+        return self._costs.prepare_s(self._responses(tokens, 1), gpus)
 
     def learn_s(self, tokens: int, gpus: int) -> float:
         """Learning on *tokens* tokens, evenly spread over *gpus* GPUs in all."""
-        mean_tokens = (self._costs.job.max_prompt_tokens + self._costs.job.max_response_tokens) / 4
         nodes = -(-gpus // self._costs.node.gpus)
-        return self._costs.learn_s(-(-tokens // gpus), mean_tokens, gpus, nodes)
+        return self._costs.learn_s(self._responses(tokens, gpus), gpus, nodes)
+
+    def _responses(self, tokens: int, ranks: int) -> list[int]:
+        """*tokens* as equal responses, about a quarter as long as allowed, as many for each of *ranks*."""
+        typical = (self._costs.job.max_prompt_tokens + self._costs.job.max_response_tokens) / 4
+        count = ranks * max(1, round(tokens / typical / ranks))
+        return [-(-tokens // count)] * count
 
     def sync_s(self, gpus: int) -> float:
         """Sending new weights to functions of *gpus* GPUs."""

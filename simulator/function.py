@@ -222,8 +222,8 @@ class SimFunction(ClusterFunction):
 
     def prepare_work(self, rollouts: Sequence[Rollout], *, loaded: bool) -> simpy.Event:
         """Log-probs, values and rewards."""
-        tokens = sum([rollout.prompt_tokens + rollout.generated for rollout in rollouts])  # faster than a generator
-        seconds = self.cluster.costs.prepare_s(tokens, len(rollouts), self.gpus, loaded=loaded)
+        tokens = [rollout.prompt_tokens + rollout.generated for rollout in rollouts]
+        seconds = self.cluster.costs.prepare_s(tokens, self.gpus, loaded=loaded)
         return self.cluster.env.timeout(seconds)
 
     # --- what it reports ---

@@ -11,6 +11,7 @@ from typing import Literal
 
 from simrl.policies.contract import Role
 from simrl.simulator.costs import DoesNotFit, NodeType
+from simrl.traces.batches import micro_batches, mini_batches, padded_tokens, shares
 from simrl.traces.iteration import IterationTimes
 from simrl.traces.job import Engine as EngineSpec
 from simrl.traces.job import Job
@@ -164,25 +165,28 @@ class ProfiledCosts:
 
     # --- preparation and learning ---
 
-    def prepare_s(self, tokens: int, responses: int, gpus: int, *, loaded: bool = False) -> float:
+    def prepare_s(self, tokens: Sequence[int], gpus: int, *, loaded: bool = False) -> float:
         """Log-probs under the actor, whose newest weights are taken in first unless they are *loaded*.
 
         The reference model of a KL coefficient was not measured, nor is there one by default.
         """
-        if not responses:
+        if not tokens:
             return 0.0
         preparation = self.profile.preparation
         fixed_s = self._read("preparation.fixed_s", preparation.score.fixed_s, "s")
         token_s = self._read("preparation.token_s", preparation.score.token_s, "s a padded token")
         load_s = 0.0 if loaded else self._median("preparation.load_s", preparation.load_s)
-        return load_s + fixed_s + token_s * self._padded(tokens)
+        cut = micro_batches(tokens, range(len(tokens)), self._micro_batch_tokens())
+        return load_s + fixed_s + token_s * padded_tokens(tokens, cut)
 
-    def _padded(self, tokens: int) -> float:
-        """Tokens with the padding of micro-batches; as in the profiled batches, since only a sum is known here."""
-        return tokens * self._read("padding", self.profile.padding.median, "padded tokens a token")
+    def _micro_batch_tokens(self) -> int:
+        return int(self._read("micro_batch_tokens", self.profile.micro_batch_tokens, "padded tokens at most"))
 
-    def learn_s(self, rank_tokens: int, mean_tokens: float, gpus: int, nodes: int) -> float:
-        """An update: optimizer steps, micro-batches and the tokens of the busiest of *gpus* ranks."""
+    def learn_s(self, tokens: Sequence[int], gpus: int, nodes: int) -> float:
+        """An update on *gpus* ranks: optimizer steps, micro-batches and padded tokens, cut as the learner cuts them.
+
+        All ranks do as many micro-batches as the one with the most; the one with the most tokens sets the pace.
+        """
         learner = self._learner(gpus)
         wall = self._clock == "wall"
         update, kind = (learner.update, "update") if wall else (learner.update_cpu, "update_cpu")
@@ -190,10 +194,14 @@ class ProfiledCosts:
         optimizer_step_s = self._read(f"{key}.optimizer_step_s", update.optimizer_step_s, "s")
         micro_batch_s = self._read(f"{key}.micro_batch_s", update.micro_batch_s, "s")
         token_s = self._read(f"{key}.token_s", update.token_s, "s a padded token of a rank")
-        tokens = self._padded(rank_tokens)
-        steps = math.ceil(self.job.prompts_per_step / self.job.mini_batch_prompts)
-        micro_batches = steps * math.ceil(tokens / steps / self.profile.micro_batch_tokens)
-        return optimizer_step_s * steps + micro_batch_s * micro_batches + token_s * tokens
+        limit, groups = self._micro_batch_tokens(), [i // self.job.responses_per_prompt for i in range(len(tokens))]
+        steps = mini_batches(groups, self.job.mini_batch_prompts)
+        rank_tokens, count = [0] * gpus, 0
+        for step in steps:
+            cuts = [micro_batches(tokens, share, limit) for share in shares(tokens, step, gpus)]
+            count += max(map(len, cuts))
+            rank_tokens = [done + padded_tokens(tokens, cut) for done, cut in zip(rank_tokens, cuts, strict=True)]
+        return optimizer_step_s * len(steps) + micro_batch_s * count + token_s * max(rank_tokens)
 
     def _learner(self, world: int) -> Learner:
         learner = self.profile.learner(world)

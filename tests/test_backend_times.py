@@ -92,12 +92,12 @@ def test_a_function_takes_each_stage_in_turn() -> None:
     started_s = start_s(costs)
     awake_s = started_s + costs.switch_s(None, "decode", 1)
     generated_s = awake_s + times.prefill_s(20, 10) + times.decode_s(1, 21) + times.decode_s(1, 22)
-    prepared_s = generated_s + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(23, 1, 1)
-    learned_s = prepared_s + costs.learn_s(23, 23, 1, 1)
+    prepared_s = generated_s + costs.switch_s("decode", "prepare", 1) + costs.prepare_s([23], 1)
+    learned_s = prepared_s + costs.learn_s([23], 1, 1)
     synced_s = learned_s + costs.switch_s("learn", "decode", 1) + costs.sync_s(1, 1)
     generated_1_s = synced_s + times.prefill_s(20, 10) + times.decode_s(1, 21)
-    prepared_1_s = generated_1_s + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(22, 1, 1)
-    learned_1_s = prepared_1_s + costs.learn_s(22, 22, 1, 1)
+    prepared_1_s = generated_1_s + costs.switch_s("decode", "prepare", 1) + costs.prepare_s([22], 1)
+    learned_1_s = prepared_1_s + costs.learn_s([22], 1, 1)
     happened, recorder = tell(costs, steps, script)
     expected = [
         ("step 0", 0), ("a started", started_s),
@@ -265,9 +265,9 @@ def test_responses_are_prepared_while_others_are_generated() -> None:
     samples = recorder.frames().samples.set_index("response_id")
     switch_s = costs.switch_s(None, "prepare", None)
     assert samples.prepared_s[0] == pytest.approx(
-        samples.finished_s[0] + switch_s + costs.prepare_s(21, 1, 1), rel=1e-12
+        samples.finished_s[0] + switch_s + costs.prepare_s([21], 1), rel=1e-12
     )
-    last_s = samples.finished_s[1] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(80, 1, 1)
+    last_s = samples.finished_s[1] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s([80], 1)
     assert dict(happened)["preparation 0"] == pytest.approx(last_s, rel=1e-12)
 
 
@@ -302,9 +302,9 @@ def test_data_parallel_preparation_is_as_slow_as_its_largest_share() -> None:
     happened, _ = tell(costs, steps, script)
     at = dict(happened)
     # To and fro, longest first: 50 and 21 tokens to one, 29 and 25 to the other.
-    prepared_s = at["generation 0"] + costs.switch_s("decode", "prepare", 2) + costs.prepare_s(50 + 21, 2, 1)
+    prepared_s = at["generation 0"] + costs.switch_s("decode", "prepare", 2) + costs.prepare_s([50, 21], 1)
     assert at["preparation 0"] == pytest.approx(prepared_s, rel=1e-12)
-    learned_s = at["preparation 0"] + costs.learn_s(50 + 21, (50 + 21 + 29 + 25) / 4, 2, 1)
+    learned_s = at["preparation 0"] + costs.learn_s([21, 25, 29, 50], 2, 1)
     assert at["over"] == pytest.approx(learned_s, rel=1e-12)
 
 
@@ -320,7 +320,7 @@ def test_learning_begins_when_the_last_learner_is_there() -> None:
     happened, recorder = tell(costs, steps, script)
     at = dict(happened)
     away_s = costs.park_s(1, COLOCATED, 2) + costs.wake_s(1, COLOCATED, 2) + costs.switch_s(None, "learn", 2)
-    assert at["over"] == pytest.approx(at["preparation 0"] + away_s + costs.learn_s(21, 21, 2, 1), rel=1e-12)
+    assert at["over"] == pytest.approx(at["preparation 0"] + away_s + costs.learn_s([21], 2, 1), rel=1e-12)
     workers = recorder.frames().workers
     waiting = workers[(workers.function == "a") & (workers.start_s == at["preparation 0"])].iloc[0]
     assert (waiting.state, waiting.role) == ("idle", "learn")
@@ -392,12 +392,12 @@ def test_models_for_preparation_are_loaded_once_in_a_row() -> None:
     }
     happened, recorder = tell(costs, steps, script)
     at, prepared_s = dict(happened), recorder.frames().samples.set_index("response_id").prepared_s
-    first_s = at["generation 0"] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s(23, 1, 1)
-    second_s = first_s + costs.prepare_s(24, 1, 1, loaded=True)
+    first_s = at["generation 0"] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s([23], 1)
+    second_s = first_s + costs.prepare_s([24], 1, loaded=True)
     third_s = second_s + costs.park_s(1, COLOCATED, 1) + costs.wake_s(1, COLOCATED, 1)
-    third_s += costs.switch_s(None, "prepare", 1) + costs.prepare_s(25, 1, 1)
+    third_s += costs.switch_s(None, "prepare", 1) + costs.prepare_s([25], 1)
     assert prepared_s.tolist() == pytest.approx([first_s, second_s, third_s], rel=1e-12)
-    assert costs.prepare_s(24, 1, 1) - costs.prepare_s(24, 1, 1, loaded=True) > 1e-3
+    assert costs.prepare_s([24], 1) - costs.prepare_s([24], 1, loaded=True) > 1e-3
 
 
 def test_steps_are_prepared_in_their_order() -> None:

@@ -118,23 +118,23 @@ def test_a_forward_pass_takes_two_flops_a_parameter_and_four_a_layer_for_each_pa
 def test_preparation_runs_two_models_and_loads_one() -> None:
     costs = costs_of()
     forward_s = costs.forward_s(12_000, 2, 12_000 / 20)
-    assert costs.prepare_s(12_000, 20, 2) == approx(2 * forward_s + WEIGHTS_7B / 2 / 10e9)
+    assert costs.prepare_s([600] * 20, 2) == approx(2 * forward_s + WEIGHTS_7B / 2 / 10e9)
     ppo = costs_of(algorithm="ppo")
-    assert ppo.prepare_s(12_000, 20, 2) == approx(3 * forward_s + 2 * WEIGHTS_7B / 2 / 10e9)
+    assert ppo.prepare_s([600] * 20, 2) == approx(3 * forward_s + 2 * WEIGHTS_7B / 2 / 10e9)
 
 
 def test_models_that_are_loaded_already_are_not_loaded_again() -> None:
     costs = costs_of()
-    assert costs.prepare_s(12_000, 20, 2, loaded=True) == approx(2 * costs.forward_s(12_000, 2, 12_000 / 20))
-    assert costs_of(algorithm="ppo").prepare_s(12_000, 20, 2, loaded=True) == approx(
+    assert costs.prepare_s([600] * 20, 2, loaded=True) == approx(2 * costs.forward_s(12_000, 2, 12_000 / 20))
+    assert costs_of(algorithm="ppo").prepare_s([600] * 20, 2, loaded=True) == approx(
         3 * costs.forward_s(12_000, 2, 12_000 / 20)
     )
 
 
 def test_preparation_is_no_faster_than_scoring() -> None:
     costs = make_costs(make_job([[[1]]]), parameters=ROUND)
-    assert costs.prepare_s(1_000_000, 1_000_000, 8) == approx(1_000_000 * 0.001 / 50)
-    assert costs.prepare_s(0, 0, 8) == 0
+    assert costs.prepare_s([1] * 1_000_000, 8) == approx(1_000_000 * 0.001 / 50)
+    assert costs.prepare_s([], 8) == 0
 
 
 def optimizer_s(gpus: int) -> float:
@@ -147,21 +147,21 @@ def test_learning_on_much_is_bound_by_computing() -> None:
     compute_s = 3 * 40_000 * flops_a_token / (400e12 * 0.25)
     communication_s = 3 * 4 * WEIGHTS_7B * 7 / 8 / 20e9
     assert compute_s > communication_s
-    assert costs_of().learn_s(40_000, 500, 8, 1) == approx(compute_s + 4 * optimizer_s(8))  # 1024 prompts by 256
+    assert costs_of().learn_s([500] * 80 * 8, 8, 1) == approx(compute_s + 4 * optimizer_s(8))  # 1024 prompts by 256
 
 
 def test_learning_on_little_is_bound_by_communication() -> None:
     compute_s = 3 * 100 * 2 * PARAMETERS_7B / (400e12 * 0.25)
     communication_s = 3 * 4 * WEIGHTS_7B * 15 / 16 / 20e9  # the PCIe link, not the NIC of 40e9, is the slowest
     assert compute_s < communication_s
-    assert costs_of(nodes=2).learn_s(100, 500, 16, 2) == approx(communication_s + 4 * optimizer_s(16))
+    assert costs_of(nodes=2).learn_s([100] * 16, 16, 2) == approx(communication_s + 4 * optimizer_s(16))
 
 
 def test_between_nodes_a_slow_nic_sets_the_pace_of_learning() -> None:
     slow = {**ROUND, "network": {"efficiency": 0.2, "latency_s": 0.01}}  # 10e9 B/s
     costs = make_costs(Job(), nodes=2, parameters=slow)
-    assert costs.learn_s(100, 500, 16, 2) == approx(3 * 4 * WEIGHTS_7B * 15 / 16 / 10e9 + 4 * optimizer_s(16))
-    assert costs.learn_s(100, 500, 8, 1) == approx(3 * 4 * WEIGHTS_7B * 7 / 8 / 20e9 + 4 * optimizer_s(8))
+    assert costs.learn_s([100] * 16, 16, 2) == approx(3 * 4 * WEIGHTS_7B * 15 / 16 / 10e9 + 4 * optimizer_s(16))
+    assert costs.learn_s([100] * 8, 8, 1) == approx(3 * 4 * WEIGHTS_7B * 7 / 8 / 20e9 + 4 * optimizer_s(8))
 
 
 @pytest.mark.parametrize(
@@ -171,29 +171,31 @@ def test_each_mini_batch_is_an_optimizer_step(prompts: int, mini_batch: int, upd
     costs = costs_of(prompts_per_step=prompts, mini_batch_prompts=mini_batch)
     gather_s = WEIGHTS_7B * 7 / 8 / 20e9
     # 10 tokens a rank: a micro-batch an update, three collectives each.
-    assert costs.learn_s(10, 500, 8, 1) == approx(updates * (3 * gather_s + optimizer_s(8)))
+    assert costs.learn_s([10] * 8, 8, 1) == approx(updates * (3 * gather_s + optimizer_s(8)))
 
 
 def test_micro_batches_are_rounded_up_within_each_mini_batch() -> None:
     slow = {**ROUND, "network": {"efficiency": 0.02, "latency_s": 0.01}}  # 1e9 B/s: communication is the bound
     gather_s = WEIGHTS_7B * 15 / 16 / 1e9
     for rank_tokens, micro_batches in ((40_000, 4), (40_001, 8), (44_000, 8), (80_000, 8), (80_004, 12)):
-        learn_s = make_costs(Job(), nodes=2, parameters=slow).learn_s(rank_tokens, 500, 16, 2)
+        learn_s = make_costs(Job(), nodes=2, parameters=slow).learn_s([rank_tokens] * 16, 16, 2)
         assert learn_s == approx(3 * micro_batches * gather_s + 4 * optimizer_s(16))
     one = make_costs(Job(mini_batch_prompts=1024), nodes=2, parameters=slow)
-    assert one.learn_s(44_000, 500, 16, 2) == approx(3 * 5 * gather_s + optimizer_s(16))
+    assert one.learn_s([500] * 88 * 16, 16, 2) == approx(3 * 5 * gather_s + optimizer_s(16))
 
 
 def test_ppo_trains_a_critic_as_well() -> None:
-    assert costs_of(algorithm="ppo").learn_s(44_000, 500, 8, 1) == approx(2 * costs_of().learn_s(44_000, 500, 8, 1))
+    assert costs_of(algorithm="ppo").learn_s([500] * 88 * 8, 8, 1) == approx(
+        2 * costs_of().learn_s([500] * 88 * 8, 8, 1)
+    )
 
 
 def test_one_gpu_learns_without_communication() -> None:
     costs = make_costs(make_job([[[1]]]), parameters=ROUND)
     parameters = costs.model.parameters
-    flops_a_token = 2 * parameters + 4 * 24 * 14 * 64 * 10
+    flops_a_token = 2 * parameters + 4 * 24 * 14 * 64 * 12.5
     expected_s = 3 * 50 * flops_a_token / (400e12 * 0.25) + 2 * (12 + 4) * parameters / 800e9
-    assert costs.learn_s(50, 20, 1, 1) == approx(expected_s)
+    assert costs.learn_s([20, 30], 1, 1) == approx(expected_s)
 
 
 # --- the flat batch ---

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simrl.real_backend import losses
-from simrl.real_backend.batch import TokenScores, TrainingBatch, micro_batches, mini_batches, pad, shares
+from simrl.real_backend.batch import TokenScores, TrainingBatch, pad
 from simrl.real_backend.rewards import Gsm8kTask, ResidueTask, final_number
+from simrl.traces.batches import micro_batches, mini_batches, shares
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

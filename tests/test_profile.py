@@ -108,7 +108,6 @@ TREE: dict[str, Any] = {
     "engine_start": {"phases_s": {"process_s": 1.0, "import_s": 5.0, "init_s": 2.0}, "total_s": [8.0, 8.0]},
     "preparation": {"score": line(0.01, 2e-4), "load_s": around(0.015), "first_load_s": 0.5},
     "micro_batch_tokens": 40,
-    "padding": around(1.25),
     "learners": [learner(1, 4e-4), learner(2, 6e-4)],
     "call_overhead_s": 8e-4,
     "probe_s": [{"at_s": 1.0, "seconds": 0.3}, {"at_s": 20.0, "seconds": 0.5}],
@@ -305,17 +304,34 @@ def test_iterations_by_hand() -> None:
         costs_of().times(2)
 
 
+def test_preparation_by_hand() -> None:
+    costs = costs_of()
+    # Micro-batches of at most 40 padded tokens: 45 alone, 20 + 15, 10 + 10.
+    texts = [10, 45, 20, 10, 15]
+    assert costs.prepare_s(texts, 1) == pytest.approx(0.015 + 0.01 + 2e-4 * (45 + 40 + 20))
+    assert costs.prepare_s(texts, 1, loaded=True) == pytest.approx(0.01 + 2e-4 * 105)
+    assert costs.prepare_s([], 1) == 0.0
+
+
 @pytest.mark.parametrize(("clock", "factor", "fixed"), [("wall", 1.0, (0.5, 0.25)), ("virtual", 0.5, (0.4, 0.2))])
-def test_stages_by_hand(clock: str, factor: float, fixed: tuple[float, float]) -> None:
+def test_learning_by_hand(clock: str, factor: float, fixed: tuple[float, float]) -> None:
     costs = costs_of(clock=clock)
-    assert costs.prepare_s(100, 4, 1) == pytest.approx(0.015 + 0.01 + 2e-4 * 125)
-    assert costs.prepare_s(100, 4, 1, loaded=True) == pytest.approx(0.01 + 2e-4 * 125)
-    assert costs.prepare_s(0, 0, 1) == 0.0
-    # 80 tokens are 100 padded, 50 in each of two optimizer steps: two micro-batches of at most 40 each.
-    assert costs.learn_s(80, 20.0, 1, 1) == pytest.approx(2 * fixed[0] + 4 * fixed[1] + 100 * 4e-4 * factor)
-    assert costs.learn_s(80, 20.0, 2, 1) == pytest.approx(2 * fixed[0] + 4 * fixed[1] + 100 * 6e-4 * factor)
-    assert costs.learn_s(80, 20.0, 64, 1) == costs.learn_s(80, 20.0, 2, 1)
-    assert costs.sync_s(1, 1) == pytest.approx(0.04 + (0.03 if clock == "wall" else 0.02))
+    # Two optimizer steps of two prompts by two responses: 30 + 20 + 10 + 10 and 25 + 15 + 5 + 5.
+    texts = [30, 10, 20, 10, 5, 25, 5, 15]
+    # One rank: 30, 20 + 10, 10 and then 25, 15 + 5, 5; padded to 30 + 40 + 10 and 25 + 30 + 5.
+    alone_s = 2 * fixed[0] + 6 * fixed[1] + (80 + 60) * 4e-4 * factor
+    assert costs.learn_s(texts, 1, 1) == pytest.approx(alone_s)
+    # Two ranks: 30 | 20 + 10, then the other 10 to either (a tie: the first); then 25 | 15 + 5 + 5, padded 25 | 30 + 5.
+    shared_s = 2 * fixed[0] + (2 + 2) * fixed[1]
+    busiest = max((30 + 10) + 25, 40 + 35)
+    assert costs.learn_s(texts, 2, 1) == pytest.approx(shared_s + busiest * 6e-4 * factor)
+    assert costs.learn_s(texts, 64, 1) == pytest.approx(2 * fixed[0] + 2 * fixed[1] + 55 * 6e-4 * factor)
+
+
+@pytest.mark.parametrize(("clock", "export_s"), [("wall", 0.03), ("virtual", 0.02)])
+def test_syncs_by_hand(clock: str, export_s: float) -> None:
+    costs = costs_of(clock=clock)
+    assert costs.sync_s(1, 1) == pytest.approx(0.04 + export_s)
 
 
 def test_moves_starts_and_switches_by_hand() -> None:
@@ -363,10 +379,10 @@ def test_verl_takes_what_arithmetic_says_and_every_number_has_its_source() -> No
     backend, recorder = make_backend(costs, [[[5]], [[3]]])
     drive(backend, Verl())
     decode_s = [0.003 + 1e-6 * context for context in (21, 22, 23, 24)]
-    # 25 tokens are 31.25 padded: one micro-batch of 40.
-    first_s = 8.0 + 0.003 + 0.002 + sum(decode_s) + 0.005 + 0.015 + 0.01 + 2e-4 * 31.25 + 0.4 + 0.2 + 2e-4 * 31.25
+    # One response of 25 tokens in the first step, and one of 23 in the second.
+    first_s = 8.0 + 0.003 + 0.002 + sum(decode_s) + 0.005 + 0.015 + 0.01 + 2e-4 * 25 + 0.4 + 0.2 + 2e-4 * 25
     second_s = 0.02 + 0.02 + 0.04 + 0.003 + 0.002 + sum(decode_s[:2])
-    second_s += 0.005 + 0.015 + 0.01 + 2e-4 * 28.75 + 0.4 + 0.2 + 2e-4 * 28.75
+    second_s += 0.005 + 0.015 + 0.01 + 2e-4 * 23 + 0.4 + 0.2 + 2e-4 * 23
     steps = recorder.frames().phases.query("stage == 'step'")
     assert (steps.end_s - steps.start_s).tolist() == pytest.approx([first_s, second_s], rel=1e-9)
     read = [p for p in parameters.used() if p.key.startswith("profile.")]
@@ -376,4 +392,6 @@ def test_verl_takes_what_arithmetic_says_and_every_number_has_its_source() -> No
     assert found["learner.1.update_cpu.optimizer_step_s"] == 0.4
     assert found["preparation.load_s"] == 0.015
     assert found["engine_start.import_s"] == 5.0
-    assert {"padding", "park_s", "wake_s", "load_weights_s", "iterations.decode", "engine.kv_blocks"} <= set(found)
+    assert {"micro_batch_tokens", "park_s", "wake_s", "load_weights_s", "iterations.decode", "engine.kv_blocks"} <= set(
+        found
+    )

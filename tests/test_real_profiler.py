@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from simrl.cli import main
-from simrl.real_backend.profiler import default_settings, draw_batch, padded_tokens
+from simrl.real_backend.profiler import default_settings, draw_batch
 from simrl.real_backend.replays import MAX_RESPONSE_TOKENS, Item, Prefills, draw_workload
 from simrl.traces.profile import Profile, load_profile
 
@@ -40,12 +40,6 @@ def test_prefilled_tokens_are_those_of_the_first_who_wait() -> None:
     assert prefills.attended(46) == 40 * (30 + 20) + 6 * (64 + 3)
     with pytest.raises(ValueError, match="1 tokens were prefilled that nobody waits for"):
         prefills.attended(1)
-
-
-def test_padded_tokens() -> None:
-    assert padded_tokens([10, 7, 3], 100) == 30
-    assert padded_tokens([10, 7, 3], 20) == 20 + 3
-    assert padded_tokens([50], 20) == 50
 
 
 def test_batches_have_groups_with_different_rewards() -> None:

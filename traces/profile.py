@@ -332,7 +332,6 @@ class Profile(Section):
         engine_start: Cold start of an engine.
         preparation: Log-probs.
         micro_batch_tokens: Limit of a micro-batch in preparation and, unless varied, in learning; padding included.
-        padding: Padded over real tokens of the batches that were scored.
         learners: One a number of ranks, ascending.
         call_overhead_s: Round trip of a call to an engine's process that does nothing.
         probe_s: Drift of the host.
@@ -360,7 +359,6 @@ class Profile(Section):
     engine_start: ColdStart
     preparation: Preparation
     micro_batch_tokens: int = Field(ge=1)
-    padding: Quartiles
     learners: tuple[Learner, ...] = Field(min_length=1)
     call_overhead_s: float = Field(ge=0)
     probe_s: tuple[ProbePoint, ...] = Field(min_length=1)

@@ -165,10 +165,13 @@ def validate(
         parameters=Parameters({}), path=site.profile_path, clock=site.clock,
     )  # fmt: skip
     runs = [_simulated(config.with_policy(name), oracle, costs) for name in policies]
-    for repeat in range(repeats):
-        for name in policies:
-            progress(f"{name}, real run {repeat + 1} of {repeats}")
-            runs.append(_real(config.with_policy(name), oracle, costs, site, repeat))
+    probed_s = probe(site)
+    for repeat, name in itertools.product(range(repeats), policies):
+        progress(f"{name}, real run {repeat + 1} of {repeats}")
+        frames = _real(config.with_policy(name), oracle, costs, site)
+        before_s, probed_s = probed_s, probe(site)
+        slowness = statistics.fmean([before_s, probed_s]) / site.profile.probe_on(site.clock)
+        runs.append(Run(name, "real", frames, slowness, repeat))
     return replace(compare_runs(runs), profile=site.profile)
 
 
@@ -237,7 +240,7 @@ def _simulated(config: Config, oracle: Oracle, costs: ProfiledCosts) -> Run:
     return Run(config.policy, "simulated", recorder.frames())
 
 
-def _real(config: Config, oracle: Oracle, costs: ProfiledCosts, site: Site, repeat: int) -> Run:
+def _real(config: Config, oracle: Oracle, costs: ProfiledCosts, site: Site) -> Frames:
     recorder, nodes = Recorder(), config.cluster.nodes
     backend = RealBackend(
         config.job, config.engine, nodes, site.gpus, work_of(config, oracle), recorder, site.hosts,
@@ -245,10 +248,8 @@ def _real(config: Config, oracle: Oracle, costs: ProfiledCosts, site: Site, repe
         lambda real: ProfiledEstimates(costs, real.learner_world() or None, real.typical_context()), site.clock,
         checkpoints=False,
     )  # fmt: skip
-    before_s = probe(site)
     drive(backend, policy_of(config, oracle))
-    slowness = statistics.fmean([before_s, probe(site)]) / site.profile.probe_on(site.clock)
-    return Run(config.policy, "real", recorder.frames(), slowness, repeat)
+    return recorder.frames()
 
 
 def probe(site: Site) -> float:

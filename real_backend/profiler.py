@@ -95,7 +95,7 @@ class Extent:
         groups: Sizes of a round's batches, of a learner of up to two ranks; more ranks get more.
     """
 
-    replays: int = 9
+    replays: int = 7
     fitted_rounds: int = 2
     held_out_rounds: int = 1
     moves: int = 4
@@ -277,7 +277,8 @@ class Profiler:
     def _learn_round(self, ranks: Ranks, micro_batch_tokens: int, mini_batch_prompts: int, index: int) -> None:
         """Connect the ranks, learn batches of all sizes, write the weights and take them in.
 
-        The engines are parked meanwhile, as they are in a run: waking takes longer when others have used the memory.
+        The engines are parked meanwhile, as they are in a run. Waking an engine takes ten times as long if its memory
+        went to others, so that of several one is slow, and a stage begins when all are awake.
         """
         actors = self.hosts.learners([Place(0, (gpu,)) for gpu in range(ranks.world)])
         import_s = max(self.hosts.get([actor.ready.remote() for actor in actors]))
@@ -292,7 +293,7 @@ class Profiler:
         self._learn(actors, Ranks(ranks.world), draw_batch(rng, ranks.world, self.player.vocabulary))  # to warm up
         for groups in rng.permutation(self.extent.groups).tolist():
             self._learn(actors, ranks, draw_batch(rng, groups * -(-ranks.world // 2), self.player.vocabulary))
-        self.parks += zip(parks_s, self._on_all("wake"), strict=True)
+        self.parks.append((max(parks_s), max(self._on_all("wake"))))
         for _ in range(self.extent.syncs):
             self._sync(actors, ranks)
         self.hosts.get([actor.close.remote() for actor in actors])

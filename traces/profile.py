@@ -327,8 +327,8 @@ class Profile(Section):
         prefix_hits: What cached prompts save.
         kv: Moving KV.
         load_weights_s: New weights from a file into all engines, until the slowest has them.
-        park_s: An engine gives its memory back.
-        wake_s: And gets it again.
+        park_s: All engines of a round have given their memory back, side by side: the slowest of them.
+        wake_s: And have it again.
         engine_start: Cold start of an engine.
         preparation: Log-probs.
         micro_batch_tokens: Limit of a micro-batch in preparation and, unless varied, in learning; padding included.

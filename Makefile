@@ -43,7 +43,8 @@ types: $(VENV)/dev.done
 	$(BIN)/mypy
 
 unit: $(VENV)/dev.done $(VENV)/real.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --ignore-glob='tests/test_real_*.py'
+	$(BIN)/python -m pytest tests/test_real_*.py  # one after the other: engines share the cores
 
 # The other simulator of the benchmark gets an environment of its own: simrl does not depend on it.
 $(VENV)/sched-sim.done: | $(VENV)/bin/python

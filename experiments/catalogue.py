@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from simrl.experiments.config import preset_names, preset_text
+from simrl.experiments.config import ConfigError, preset_names, preset_text
 from simrl.policies.registry import load_policy_class, policy_names
-from simrl.traces.parameters import Parameter, section_names, shipped_parameters
+from simrl.traces.collectives import load_collectives
+from simrl.traces.iteration import VLLM_VERSIONS, load_iteration_times
+from simrl.traces.models import Model
+from simrl.traces.parameters import Parameter, Parameters, section_names
+from simrl.traces.roofline import load_roofline
 
 Row = dict[str, Any]
 
@@ -47,10 +53,11 @@ def _head(text: str) -> str:
     return " ".join(line.removeprefix("#").strip() for line in lines[:end])
 
 
-def hardware() -> dict[str, list[Row]]:
-    """Tables of the shipped parameters: node types, engine presets, prices, and every parameter."""
-    table = shipped_parameters()
+def hardware(parameters: Parameters) -> dict[str, list[Row]]:
+    """GPUs, node types, engine presets, prices, and every parameter with its source."""
+    table = {parameter.key: parameter for parameter in parameters.entries()}
     return {
+        "GPUs": [_gpu(name, table) for name in section_names(table, "gpu")],
         "node types": [_node(name, table) for name in section_names(table, "node")],
         "engine presets": [_section("engine", name, table) for name in section_names(table, "engine")],
         "prices": [_section("price", name, table) for name in section_names(table, "price")],
@@ -58,17 +65,29 @@ def hardware() -> dict[str, list[Row]]:
     }
 
 
+def _gpu(name: str, table: Mapping[str, Parameter]) -> Row:
+    number = {key: float(value) for key, value in _section("gpu", name, table).items() if key != "name"}
+    return {
+        "name": name,
+        "memory_gb": number["memory_bytes"] / 1e9,
+        "peak_tflops": number["peak_flops"] / 1e12,
+        "memory_gb_per_s": number["memory_bytes_per_s"] / 1e9,
+        "link_gb_per_s": number["link_bytes_per_s"] / 1e9,
+        "learn_mfu": number["learn_mfu"],
+        "iteration_times": "tables" if name in VLLM_VERSIONS else "roofline",
+        "collectives": "measured" if load_collectives(name) else "assumed",
+    }
+
+
 def _node(name: str, table: Mapping[str, Parameter]) -> Row:
     row = _section("node", name, table)
-    gpu = _section("gpu", str(row["gpu"]), table)
     price = _section("price", str(row["price"]), table)
     return {
         "name": name,
         "gpus": row["gpus"],
         "gpu": row["gpu"],
-        "gpu_memory_bytes": gpu["memory_bytes"],
-        "gpu_peak_flops": gpu["peak_flops"],
-        "nic_bytes_per_s": row["nic_bytes_per_s"],
+        "host_memory_gb": float(row["host_memory_bytes"]) / 1e9,
+        "nic_gb_per_s": float(row["nic_bytes_per_s"]) / 1e9,
         "price": row["price"],
         "usd_per_hour": price["usd_per_hour"],
         "per": price["per"],
@@ -89,4 +108,74 @@ def _parameter(parameter: Parameter) -> Row:
         "low": parameter.low,
         "high": parameter.high,
         "source": parameter.source,
+    }
+
+
+UTILIZATION = 0.9  # vLLM's default gpu_memory_utilization, which an engine has when no learner shares its GPUs
+KV_TOKENS = 4096  # of KV that there must be room for, less where the model's context is shorter
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether an engine fits on its GPUs: bytes of each, and why it does not, empty when it does."""
+
+    needs_bytes: float
+    usable_bytes: float
+    problem: str
+
+
+def engine_fit(model: Model, gpu: str, tensor_parallel: int, parameters: Parameters) -> Fit:
+    """Weights, activations and KV of one text on each of the GPUs of an engine that shares them with nobody."""
+    memory = parameters.number(f"gpu.{gpu}.memory_bytes")
+    weights = model.weight_bytes() / tensor_parallel
+    activations = parameters.number("serving.activation_bytes_per_gpu")
+    tokens = min(KV_TOKENS, model.max_context)
+    kv = tokens * model.kv_bytes_per_token() / min(tensor_parallel, model.kv_heads)
+    needs, usable, problem = weights + activations + kv, UTILIZATION * memory, ""
+    if model.heads % tensor_parallel:
+        problem = f"{model.heads} heads do not divide by {tensor_parallel}"
+    elif needs > usable:
+        problem = (
+            f"each GPU needs {needs / GB:.1f} GB ({weights / GB:.1f} weights + {activations / GB:.1f} activations"
+            f" + {kv / GB:.1f} KV of {tokens} tokens) and an engine may use {usable / GB:.1f} of {memory / GB:.1f} GB"
+        )
+    return Fit(needs, usable, problem)
+
+
+DEGREES = (1, 2, 4, 8)
+BATCHES = (1, 32, 128)
+CONTEXT = 1024
+KINDS_OF_TIMES = {"derived": "table (derived)", "assumed": "roofline (assumed)"}
+
+
+def hardware_of_model(name: str, parameters: Parameters) -> dict[str, list[Row]]:
+    """How *name* runs on each GPU at each engine size: decode times of the kernels alone, what does not fit, sources.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    try:
+        model = parameters.model(name)
+    except ValueError as error:
+        raise ConfigError(f"{error} (--model)") from None
+    times, misfits, sources = list[Row](), list[Row](), dict[str, Row]()
+    for gpu, degree in itertools.product(parameters.names_in("gpu"), DEGREES):
+        fit, engine = engine_fit(model, gpu, degree, parameters), f"{gpu} TP {degree}"
+        row: Row = {"name": gpu, "tp": degree, "times": "does not fit"}
+        row |= {"needs_gb": round(fit.needs_bytes / GB, 1), "usable_gb": round(fit.usable_bytes / GB, 1)}
+        row |= dict.fromkeys(f"b{batch}_ms" for batch in BATCHES)
+        if fit.problem:
+            misfits.append({"name": engine, "what": fit.problem})
+        else:
+            found = load_iteration_times(model, gpu, degree) or load_roofline(model, gpu, degree, parameters)
+            row["times"] = KINDS_OF_TIMES[found.status]
+            row |= {f"b{batch}_ms": round(found.decode_s(batch, CONTEXT) * 1e3, 3) for batch in BATCHES}
+            sources.setdefault(found.source, {"name": engine, "what": found.source})
+        times.append(row)
+    return {
+        f"one iteration of b responses that decode at {CONTEXT} tokens of context, kernels only": times,
+        "does not fit": misfits,
+        "sources of times": list(sources.values()),
+        "source of the model": [{"name": model.name, "what": model.source}],
     }

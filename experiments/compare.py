@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simrl.experiments.config import Config, ConfigError, config_toml
+from simrl.experiments.robustness import Study, check_points, study_robustness
 from simrl.experiments.run import run, write_directory
 from simrl.traces.summary import flat
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from simrl.traces.parameters import Parameter
 
 TOTALS = ("responses", "response_tokens", "prompt_tokens")
 Floats = NDArray[np.float64]
@@ -31,16 +34,19 @@ class Comparison:
         rows: One a policy, as `compare --json` prints them.
         summaries: One a run, by policy, then seed.
         warnings: Of all runs, each once.
+        study: The same policies over the ranges of what is assumed, if that was asked for.
     """
 
     baseline: str
     rows: tuple[dict[str, Any], ...]
     summaries: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...] = ()
+    study: Study | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `compare --json`."""
-        return {"baseline": self.baseline, "rows": list(self.rows)}
+        robust = {} if self.study is None else {"robustness": self.study.to_dict()}
+        return {"baseline": self.baseline, "rows": list(self.rows), **robust}
 
     def frame(self) -> pd.DataFrame:
         """A row a run: the flattened summaries."""
@@ -55,6 +61,7 @@ def compare(
     seeds: int = 1,
     baseline: str | None = None,
     *,
+    robustness: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
     """Run every policy on the same draws: seeds `config.seed`, `config.seed + 1` and so on.
@@ -64,27 +71,40 @@ def compare(
         policies: Names or import strings. The baseline is put first when it is not among them.
         seeds: How many. With one there are no intervals.
         baseline: By default `verl` when it is among the policies, else the first.
+        robustness: At how many points of the space of assumed parameters to run all policies again, with the first
+            seed.
         progress: Called with the number of runs done.
 
     Raises:
         ConfigError: no policy, one named twice, or fewer than one seed; and as `run` does.
     """
     _check(policies, seeds)
+    if robustness is not None:
+        check_points(robustness)
     baseline = baseline or ("verl" if "verl" in policies else policies[0])
     names = list(policies) if baseline in policies else [baseline, *policies]
     configs = {name: config.with_policy(name) for name in names}
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     warnings: dict[str, None] = {}
+    parameters: dict[str, Parameter] = {}
     for i in range(seeds):
         for name in names:
             result = run(configs[name].with_seed(config.seed + i))
             summaries[name].append(result.summary)
             warnings |= dict.fromkeys(result.warnings)
+            parameters |= {parameter.key: parameter for parameter in result.parameters}
             if progress is not None:
                 progress(sum(map(len, summaries.values())))
         check_same_work([summaries[name][i] for name in names])
     rows = tuple(row(summaries[name], summaries[baseline]) for name in names)
-    return Comparison(baseline, rows, tuple(s for name in names for s in summaries[name]), tuple(warnings))
+    study = None
+    if robustness is not None:
+        nominal = [summaries[name][0] for name in names]
+        done = seeds * len(names)
+        further = None if progress is None else lambda runs: progress(done + runs)
+        study = study_robustness(config, names, baseline, parameters.values(), nominal, robustness, further)
+    every = tuple(summary for name in names for summary in summaries[name])
+    return Comparison(baseline, rows, every, tuple(warnings), study)
 
 
 def _check(policies: Sequence[str], seeds: int) -> None:

@@ -18,14 +18,17 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from simrl.experiments import toml_text
+from simrl.experiments.hardware_file import load_parameters, read_hardware
 from simrl.policies.registry import load_policy_class, params_class
-from simrl.traces.job import Billing, Cluster, Engine, Job, Section
+from simrl.traces.job import Billing, Cluster, Engine, Faults, Job, Section
 from simrl.traces.lengths import load_workload, workload_names
-from simrl.traces.models import load_model
-from simrl.traces.parameters import Parameters, check_known, shipped_parameters
+from simrl.traces.parameters import Parameters, check_known
+from simrl.traces.profile import load_profile
 
 DEFAULT_PRESET = "g6e"
-SECTIONS: dict[str, type[Section]] = {"job": Job, "cluster": Cluster, "engine": Engine, "billing": Billing}
+SECTIONS: dict[str, type[Section]] = {
+    "job": Job, "cluster": Cluster, "engine": Engine, "billing": Billing, "faults": Faults,
+}  # fmt: skip
 NAME_OF_POLICY: toml_text.Path = ("policy", "name")
 
 
@@ -44,6 +47,7 @@ class Config(Section):
         cluster: On which machines.
         engine: With which rollout engine.
         billing: At which price.
+        faults: What breaks.
         seed: Root of all random streams.
     """
 
@@ -54,6 +58,7 @@ class Config(Section):
     cluster: Cluster = Field(default_factory=Cluster)
     engine: Engine = Field(default_factory=Engine)
     billing: Billing = Field(default_factory=Billing)
+    faults: Faults = Field(default_factory=Faults)
     seed: int = Field(0, ge=0, lt=2**128)
 
     def with_seed(self, seed: int) -> Self:
@@ -146,7 +151,7 @@ def load_config(
 
     Args:
         preset: A shipped one; None takes the file's, else the default.
-        config: A TOML file with the sections job, cluster, engine, billing and policy.
+        config: A TOML file with the sections job, cluster, engine, billing, faults and policy.
         sets: "section.key=value", the value in TOML or a bare text.
         policy: Name or import string.
         nodes: `cluster.nodes`.
@@ -224,15 +229,18 @@ def _resolve(layers: Sequence[Layer], policies: Sequence[str] | None) -> Config:
         _check_params(policy_class, params, merged)
     config: Config = _validated(Config, {**tree, "policy": name.value, "policy_params": params}, merged, ())
     _check_names(config, merged)
-    return _with_whole_path(config)
+    return _with_whole_paths(config)
 
 
-def _with_whole_path(config: Config) -> Config:
-    """A workload file by its absolute path, so that the run's config.toml means the same from everywhere."""
-    if config.job.workload in workload_names():
-        return config
-    path = str(Path(config.job.workload).resolve())
-    return config.model_copy(update={"job": config.job.model_copy(update={"workload": path})})
+def _with_whole_paths(config: Config) -> Config:
+    """Files by their absolute paths, so that the run's config.toml means the same from everywhere."""
+    for section, key in (("job", "workload"), ("cluster", "hardware"), ("engine", "profile")):
+        part = getattr(config, section)
+        name = getattr(part, key)
+        if name is not None and not (key == "workload" and name in workload_names()):
+            update = {key: str(Path(name).resolve())}
+            config = config.model_copy(update={section: part.model_copy(update=update)})
+    return config
 
 
 def _merge(layers: Sequence[Layer]) -> dict[toml_text.Path, Given]:
@@ -429,7 +437,8 @@ def _check_names(config: Config, merged: Mapping[toml_text.Path, Given]) -> None
             origin = _origin_of_rule(path, str(error), merged) if section else _origins_below(path, merged)
             raise ConfigError(f"{error} ({origin})") from None
 
-    table = checked(("cluster", "parameters"), lambda: Parameters(config.cluster.parameters))
+    checked(("cluster", "hardware"), lambda: read_hardware(config.cluster.hardware))
+    table = checked(("cluster", "parameters"), lambda: load_parameters(config.cluster))
     node_type = config.cluster.node_type
     checked(("cluster", "node_type"), lambda: check_known("cluster.node_type", node_type, table.names_in("node")))
     checked(("engine", "preset"), lambda: check_known("engine.preset", config.engine.preset, table.names_in("engine")))
@@ -437,16 +446,24 @@ def _check_names(config: Config, merged: Mapping[toml_text.Path, Given]) -> None
     if price is not None:
         checked(("billing", "price"), lambda: check_known("billing.price", price, table.names_in("price")))
     checked(("job", "workload"), lambda: load_workload(config.job.workload))
-    checked(("job", "model"), lambda: load_model(config.job.model))
-    checked(("job", "max_response_tokens"), lambda: check_context(config.job))
+    checked(("job", "model"), lambda: table.model(config.job.model))
+    if config.job.reward_model is not None:
+        reward_model = config.job.reward_model
+        checked(("job", "reward_model"), lambda: table.model(reward_model))
+    checked(("job", "max_response_tokens"), lambda: check_context(config.job, table))
+    if config.engine.profile is not None:
+        path = config.engine.profile
+        checked(("engine", "profile"), lambda: load_profile(path))
     gpus = int(table.number(f"node.{node_type}.gpus"))
     checked(("engine", "tensor_parallel"), lambda: check_tensor_parallel(config.engine, node_type, gpus))
-    checked(("engine",), lambda: check_token_budget(config.engine))
+    checked(("job", "learner_tensor_parallel"), lambda: check_learner(config.job, node_type, gpus))
+    checked(("engine",), lambda: check_token_budget(config.engine, table))
+    checked(("faults", "at"), lambda: check_faults(config.faults, config.cluster.nodes))
 
 
-def check_context(job: Job) -> None:
+def check_context(job: Job, parameters: Parameters) -> None:
     """Raise ValueError unless the longest response fits the model's context."""
-    longest, allowed = job.max_prompt_tokens + job.max_response_tokens, load_model(job.model).max_context
+    longest, allowed = job.max_prompt_tokens + job.max_response_tokens, parameters.model(job.model).max_context
     if longest > allowed:
         raise ValueError(
             f"job.max_prompt_tokens={job.max_prompt_tokens} + job.max_response_tokens={job.max_response_tokens}"
@@ -462,13 +479,28 @@ def check_tensor_parallel(engine: Engine, node_type: str, gpus: int) -> None:
         )
 
 
-def check_token_budget(engine: Engine) -> None:
+def check_learner(job: Job, node_type: str, gpus: int) -> None:
+    """Raise ValueError unless the GPUs that share the learner's layers fill a node."""
+    if gpus % job.learner_tensor_parallel:
+        raise ValueError(
+            f"job.learner_tensor_parallel={job.learner_tensor_parallel} must divide the {gpus} GPUs of a {node_type}"
+        )
+
+
+def check_token_budget(engine: Engine, parameters: Parameters) -> None:
     """Raise ValueError unless a full batch fits an engine's token budget, as vLLM demands."""
-    shipped, preset = shipped_parameters(), f"engine.{engine.preset}"
-    budget = engine.max_num_batched_tokens or shipped[f"{preset}.max_num_batched_tokens"].value
-    batch = engine.max_num_seqs or shipped[f"{preset}.max_num_seqs"].value
-    if float(budget) < float(batch):
+    preset = f"engine.{engine.preset}"
+    budget = engine.max_num_batched_tokens or int(parameters.number(f"{preset}.max_num_batched_tokens"))
+    batch = engine.max_num_seqs or int(parameters.number(f"{preset}.max_num_seqs"))
+    if budget < batch:
         raise ValueError(f"engine.max_num_batched_tokens={budget} must be at least engine.max_num_seqs={batch}")
+
+
+def check_faults(faults: Faults, nodes: int) -> None:
+    """Raise ValueError unless every scripted fault is on a node of the cluster."""
+    for index, fault in enumerate(faults.at):
+        if fault.node is not None and fault.node >= nodes:
+            raise ValueError(f"faults.at[{index}].node={fault.node} must be below cluster.nodes={nodes}")
 
 
 def _dotted(path: toml_text.Path) -> str:

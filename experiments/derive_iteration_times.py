@@ -1,45 +1,62 @@
-"""Derives traces/data/iteration_times.csv from the kernel measurements that aiconfigurator-core ships.
+"""Derives the tables of iterations and of collectives from the kernel measurements that aiconfigurator-core ships.
 
-``python -m simrl.experiments.derive_iteration_times`` writes the table; with ``--check`` it prints how far look-ups in
-the shipped table are from the estimator itself. Both need the extra ``simrl[aic]``.
+``python -m simrl.experiments.derive_iteration_times`` writes traces/data/iteration_times.csv.gz and collectives.csv;
+with ``--check`` it prints how far look-ups in the shipped table are from the estimator itself. Both need the extra
+``simrl[aic]``. ``--roofline`` needs nothing: it prints how far the roofline is from the shipped table.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gzip
+import io
 import json
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from simrl.experiments.catalogue import engine_fit
+from simrl.traces.collectives import KINDS
 from simrl.traces.iteration import (
     ATTENDED_KNOTS,
     BATCH_KNOTS,
     CONTEXT_KNOTS,
     TOKEN_KNOTS,
+    VLLM_VERSIONS,
     IterationTimes,
     load_iteration_times,
 )
 from simrl.traces.models import Model, load_model
+from simrl.traces.parameters import Parameters
+from simrl.traces.roofline import load_roofline
 
-# resolve(): this folder is reached through a link, the table lies beside the real one.
-TABLE = Path(__file__).resolve().parent.parent / "traces" / "data" / "iteration_times.csv"
+# resolve(): this folder is reached through a link, the tables lie beside the real one.
+DATA = Path(__file__).resolve().parent.parent / "traces" / "data"
+TABLE, COLLECTIVES = "iteration_times.csv.gz", "collectives.csv"
 COLUMNS = ("model", "gpu", "tensor_parallel", "kind", "tokens", "context", "milliseconds")
-SYSTEMS = {"l40s": "l40s", "h100": "h100_sxm"}  # our name of the GPU: the estimator's
-DEGREES = {
-    ("qwen2.5-0.5b", "l40s"): (1, 2),
-    ("qwen2.5-0.5b", "h100"): (1, 2),
-    ("qwen2.5-3b", "l40s"): (1, 2, 4),
-    ("qwen2.5-3b", "h100"): (1, 2, 4),
-    ("qwen2.5-7b", "l40s"): (1, 2, 4),
-    ("qwen2.5-7b", "h100"): (1, 2, 4),
-    ("llama-2-70b", "h100"): (4, 8),
-}
+COLLECTIVE_COLUMNS = ("gpu", "kind", "gpus", "bytes", "microseconds")
+SYSTEMS = {"l40s": "l40s", "h100": "h100_sxm", "h200": "h200_sxm", "a100": "a100_sxm"}  # our name: the estimator's
+NCCL = {"l40s": "2.27.3", "h100": "2.29.2", "h200": "2.29.2", "a100": "2.27.3"}  # the newest that the package has
+VLLM_ALL_REDUCE = {"l40s": "0.22.0", "h100": "0.24.0", "h200": "0.24.0", "a100": "0.14.0"}
+MODELS = (
+    "qwen2.5-0.5b",
+    "qwen2.5-3b",
+    "qwen2.5-7b",
+    "qwen2.5-14b",
+    "qwen2.5-72b",
+    "llama-2-70b",
+    "llama-3.1-8b",
+    "deepseek-llm-7b",
+    "qwen3-4b",
+)
+DEGREES = (1, 2, 4, 8)
+NOT_MEASURED = {("qwen2.5-0.5b", "a100")}  # the package has no attention of head size 64 there
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,7 @@ class Iteration:
 
 
 class Estimator:
-    """aiconfigurator-core's iteration model of vLLM 0.24.0 in bf16, on one node."""
+    """aiconfigurator-core's iteration model of vLLM in bf16, on one node."""
 
     def __init__(self, model: Model, gpu: str, tensor_parallel: int, folder: Path) -> None:
         try:
@@ -71,7 +88,7 @@ class Estimator:
             "model_name": str(_write_model_config(model, folder)),
             "system_name": SYSTEMS[gpu],
             "backend": "vllm",
-            "backend_version": "0.24.0",
+            "backend_version": VLLM_VERSIONS[gpu],
             "tp_size": tensor_parallel,
             "pp_size": 1,
             "attention_dp_size": 1,
@@ -104,9 +121,14 @@ class Estimator:
 
 def _write_model_config(model: Model, folder: Path) -> Path:
     """Describe a model that the estimator does not bundle, as its own config.json would."""
+    architecture, model_type = "LlamaForCausalLM", "llama"
+    if model.qkv_bias:
+        architecture, model_type = "Qwen2ForCausalLM", "qwen2"
+    elif model.qk_norm:
+        architecture, model_type = "Qwen3ForCausalLM", "qwen3"
     config = {
-        "architectures": ["Qwen2ForCausalLM" if model.qkv_bias else "LlamaForCausalLM"],
-        "model_type": "qwen2" if model.qkv_bias else "llama",
+        "architectures": [architecture],
+        "model_type": model_type,
         "num_hidden_layers": model.layers,
         "hidden_size": model.hidden,
         "num_attention_heads": model.heads,
@@ -149,19 +171,46 @@ def rows(estimator: Estimator) -> Iterator[tuple[str, int, int, str]]:
 
 
 def write_table(path: Path, folder: Path) -> None:
-    """Write the table of all `DEGREES`."""
+    """Write the iteration times of all `configurations`, the same bytes for the same times."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, gpu, degree in configurations():
+        estimator = Estimator(load_model(name), gpu, degree, folder)
+        writer.writerows((name, gpu, degree, *row) for row in rows(estimator))
+    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+
+
+def configurations() -> Iterator[tuple[str, str, int]]:
+    """(model, GPU, tensor-parallel degree) of all engines that fit and whose kernels were measured."""
+    parameters = Parameters()
+    for name, gpu, degree in product(MODELS, SYSTEMS, DEGREES):
+        if (name, gpu) not in NOT_MEASURED and not engine_fit(load_model(name), gpu, degree, parameters).problem:
+            yield name, gpu, degree
+
+
+def write_collectives(path: Path) -> None:
+    """Write the measured collectives; the package counts elements of two bytes, and milliseconds."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for name, gpu, degree in _configurations():
-            estimator = Estimator(load_model(name), gpu, degree, folder)
-            writer.writerows((name, gpu, degree, *row) for row in rows(estimator))
+        writer.writerow(COLLECTIVE_COLUMNS)
+        for gpu in SYSTEMS:
+            writer.writerows(collective_rows(gpu))
 
 
-def _configurations() -> Iterator[tuple[str, str, int]]:
-    for (name, gpu), degrees in DEGREES.items():
-        for degree in degrees:
-            yield name, gpu, degree
+def collective_rows(gpu: str) -> Iterator[tuple[str, str, int, int, str]]:
+    """(GPU, kind, GPUs, bytes, microseconds) of one GPU."""
+    import aiconfigurator_core
+    import pandas as pd
+
+    folder = Path(aiconfigurator_core.__file__).parent / "systems" / "data" / SYSTEMS[gpu] / "comm"
+    nccl = pd.read_parquet(folder / "nccl" / NCCL[gpu] / "nccl_perf.parquet")
+    nccl = nccl[(nccl["nccl_dtype"] == "half") & nccl["op_name"].isin(KINDS)]
+    engine = pd.read_parquet(folder / "vllm" / VLLM_ALL_REDUCE[gpu] / "custom_allreduce_perf.parquet")
+    engine = engine[engine["backend"] == "vllm_graph"].assign(op_name="vllm_all_reduce")
+    both = pd.concat([nccl, engine]).sort_values(["op_name", "num_gpus", "message_size"])
+    for kind, gpus, elements, milliseconds in both[["op_name", "num_gpus", "message_size", "latency"]].to_numpy():
+        yield gpu, kind, gpus, 2 * elements, f"{1e3 * milliseconds:.5g}"
 
 
 def decode_errors(times: IterationTimes, estimator: Estimator) -> Iterator[float]:
@@ -194,16 +243,51 @@ def mixed_errors(times: IterationTimes, estimator: Estimator) -> Iterator[float]
 
 
 def check(folder: Path) -> None:
-    """Print the errors of every configuration in the shipped table."""
+    """Print the errors of look-ups in the shipped table between its knots, over all engine sizes of a model and GPU."""
     print(f"{'':24s}{'decode':>24s}{'prefill':>24s}{'mixed':>24s}    (median, worst; bias in brackets)")
-    for name, gpu, degree in _configurations():
-        model = load_model(name)
-        times = load_iteration_times(model, gpu, degree)
-        if times is None:
-            raise SystemExit(f"{TABLE} holds no {name} on {gpu} at TP {degree}: write it first")
+    errors: dict[tuple[str, str], tuple[list[float], list[float], list[float]]] = {}
+    for name, gpu, degree in configurations():
+        model, times = load_model(name), _shipped(name, gpu, degree)
         estimator = Estimator(model, gpu, degree, folder)
-        parts = (decode_errors(times, estimator), prefill_errors(times, estimator), mixed_errors(times, estimator))
-        print(f"{f'{name} {gpu} TP {degree}':24s}" + "".join(f"{_summary(part):>24s}" for part in parts))
+        decodes, prefills, mixed = errors.setdefault((name, gpu), ([], [], []))
+        decodes += decode_errors(times, estimator)
+        prefills += prefill_errors(times, estimator)
+        mixed += mixed_errors(times, estimator)
+    for (name, gpu), parts in errors.items():
+        print(f"{f'{name} {gpu}':24s}" + "".join(f"{_summary(part):>24s}" for part in parts))
+
+
+def check_roofline() -> None:
+    """Print the errors of the roofline at the knots of the shipped table, by engine, and over all of a GPU."""
+    print(f"{'':28s}{'decode':>26s}{'prefill':>26s}    (median, worst; bias in brackets)")
+    by_gpu: dict[str, tuple[list[float], list[float]]] = {}
+    for name, gpu, degree in configurations():
+        model, measured = load_model(name), _shipped(name, gpu, degree)
+        ours = load_roofline(model, gpu, degree, Parameters())
+        decodes = [
+            ours.decode_s(b, c) / measured.decode_s(b, c) - 1
+            for b in BATCH_KNOTS
+            for c in CONTEXT_KNOTS
+            if c <= model.max_context
+        ]
+        prefills = [
+            ours.prefill_s(t, a) / measured.prefill_s(t, a) - 1
+            for t in TOKEN_KNOTS
+            for a in ATTENDED_KNOTS
+            if a <= model.max_context
+        ]
+        print(f"{f'{name} {gpu} TP {degree}':28s}{_summary(decodes):>26s}{_summary(prefills):>26s}")
+        for pooled, part in zip(by_gpu.setdefault(gpu, ([], [])), (decodes, prefills), strict=True):
+            pooled += part
+    for gpu, (decodes, prefills) in by_gpu.items():
+        print(f"{f'all on {gpu}':28s}{_summary(decodes):>26s}{_summary(prefills):>26s}")
+
+
+def _shipped(name: str, gpu: str, degree: int) -> IterationTimes:
+    times = load_iteration_times(load_model(name), gpu, degree)
+    if times is None:
+        raise SystemExit(f"{TABLE} holds no {name} on {gpu} at TP {degree}: write it first")
+    return times
 
 
 def _summary(errors: Iterable[float]) -> str:
@@ -213,16 +297,20 @@ def _summary(errors: Iterable[float]) -> str:
 
 
 def main() -> None:
-    """Write the table, or check it."""
+    """Write the tables, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare the shipped table with the estimator")
-    parser.add_argument("--output", type=Path, default=TABLE, help="where the table goes (default: %(default)s)")
+    parser.add_argument("--roofline", action="store_true", help="compare the roofline with the shipped table")
+    parser.add_argument("--output", type=Path, default=DATA, help="folder of the tables (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if args.check:
+        if args.roofline:
+            check_roofline()
+        elif args.check:
             check(Path(folder))
         else:
-            write_table(args.output, Path(folder))
+            write_table(args.output / TABLE, Path(folder))
+            write_collectives(args.output / COLLECTIVES)
 
 
 if __name__ == "__main__":

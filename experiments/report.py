@@ -19,6 +19,9 @@ from simrl.traces.summary import STAGES
 if TYPE_CHECKING:
     from simrl.experiments.validate import Validation
 
+POSSIBLY_CHANCE = 0.05
+"""Probability of a correlation without a relation, above which readers are told."""
+
 
 def of_run(result: Result, directory: Path | None) -> RenderableType:
     """A run: what was run, where its time and GPU-seconds went, what it cost, where it is written."""
@@ -78,7 +81,12 @@ def _others(summary: Mapping[str, Any]) -> Table:
     table.add_row("prefill tokens computed", f"{summary['prefill_tokens_computed']:,}")
     table.add_row("prefill tokens saved", f"{summary['prefill_tokens_saved']:,}")
     table.add_row("cold starts / migrations", f"{summary['cold_starts']:,} / {summary['migrations']:,}")
-    table.add_row("cost", f"{summary['cost_usd']:,.2f} USD")
+    per_million = summary["cost_usd_per_million_response_tokens"]
+    table.add_row("cost", f"{summary['cost_usd']:,.2f} USD, {summary['cost_usd_per_step']:,.3f} a step")
+    if per_million is not None:
+        table.add_row("cost of 10^6 response tokens", f"{per_million:,.2f} USD")
+    if summary["lost_functions"] or summary["lost_nodes"]:
+        table.add_row("lost functions / nodes", f"{summary['lost_functions']:,} / {summary['lost_nodes']:,}")
     table.add_row("simulated / wall time", f"{summary['simulated_s']:,.0f} / {summary['wall_s']:.1f} s")
     return table
 
@@ -93,7 +101,46 @@ def of_comparison(comparison: Comparison, directory: Path | None) -> RenderableT
     interval = "; 95 % intervals, paired over seeds" if seeds > 1 else ""
     note = f"against {comparison.baseline}, {seeds} seed{'s' if seeds > 1 else ''}{interval}"
     where = [Text(f"written to {directory}", overflow="fold")] if directory is not None else []
-    return Group(*tables, Text(note), *where)
+    robust = [] if comparison.study is None else _robustness(comparison.study.to_dict())
+    return Group(*tables, Text(note), *robust, *where)
+
+
+def _robustness(study: Mapping[str, Any]) -> list[RenderableType]:
+    """How far a comparison depends on what is assumed."""
+    names = [parameter["name"] for parameter in study["parameters"]]
+    head = f"\n{len(names)} assumed parameters varied over their ranges at {study['points']} points"
+    if study["impossible_points"]:
+        head += f", and {study['impossible_points']} at which a policy cannot run"
+    tables: list[RenderableType] = [Text(head)]
+    for metric, found in study["by"].items():
+        ranking, share = " < ".join(found["ranking"]), _percent(found["share_holds"])
+        tables.append(Text(f"\nby {metric}: {ranking} at {share} of the points"))
+        table = _table("better < worse", "holds", "ratio", "from", "to")
+        for pair in found["pairs"]:
+            table.add_row(Text(f"{pair['better']} < {pair['worse']}"), _percent(pair["share_holds"]), *_ratios(pair))
+        tables += [table, *(Text(_flip(pair)) for pair in found["pairs"] if pair["most_related"])]
+    skipped = [f"not varied: {name}: {why}" for name, why in study["skipped"].items()]
+    reasons = [f"cannot run at {count} points: {why}" for why, count in study["impossible_because"].items()]
+    return [*tables, *(Text(line) for line in (*reasons, *skipped))]
+
+
+def _ratios(pair: Mapping[str, Any]) -> list[str]:
+    return [f"{number:.3f}" for number in (pair["ratio"], *(pair["ratio_range"] or ()))]
+
+
+def _flip(pair: Mapping[str, Any]) -> str:
+    """What a pair's ratio depends on most, and where it flips the order."""
+    related, flips = pair["most_related"], pair["most_related"]["flips"]
+    goes = f"{pair['better']} < {pair['worse']} goes with {related['parameter']} ({related['rank_correlation']:+.2f})"
+    if related["chance"] > POSSIBLY_CHANCE:
+        goes += ", which may be chance: more points would tell"
+    if not flips:
+        return f"{goes}, which never flips it" if pair["share_holds"] else f"{goes}, and holds nowhere"
+    return f"{goes}, flips {flips['side']} {flips['value']:.4g}, which is right at {flips['share_right']:.0%}"
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{share:.1%}"
 
 
 def _standings(title: str, figures: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from simrl.experiments.config import Config, ConfigError, check_context, check_tensor_parallel, config_toml
+from simrl.experiments.hardware_file import load_parameters
 from simrl.policies.contract import InvalidDecision, Policy, PolicyStalled, drive
 from simrl.policies.registry import build_policy, load_policy_class
 from simrl.policies.runtime.steps import StepWork
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.costs import Costs, NodeType
+from simrl.simulator.faults import FaultPlan
+from simrl.simulator.profiled import ProfiledCosts
+from simrl.traces.job import Faults
 from simrl.traces.lengths import LengthModel, load_workload, prompts_of_step
 from simrl.traces.oracle import Oracle
 from simrl.traces.parameters import Parameter, Parameters
+from simrl.traces.profile import load_profile
 from simrl.traces.records import Frames, Recorder
 from simrl.traces.summary import Price, summarise
 
@@ -60,7 +65,7 @@ class Simulation:
     """A backend that is ready to be driven, and what belongs to it."""
 
     backend: SimulatedBackend
-    costs: Costs
+    costs: Costs | ProfiledCosts
     recorder: Recorder
     parameters: Parameters
     oracle: Oracle
@@ -113,10 +118,10 @@ def simulate(config: Config, progress: Progress | None = None) -> Simulation:
         ConfigError: a name is unknown, or the longest response exceeds the model's context.
     """
     try:
-        parameters = Parameters(config.cluster.parameters)
+        parameters = load_parameters(config.cluster)
         node_type = NodeType.load(config.cluster.node_type, parameters)
-        check_context(config.job)
-        costs = Costs(config.job, config.engine, node_type, config.cluster.nodes, parameters)
+        check_context(config.job, parameters)
+        costs = costs_of(config, node_type, parameters)
         lengths = load_workload(config.job.workload)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -126,8 +131,25 @@ def simulate(config: Config, progress: Progress | None = None) -> Simulation:
         lengths, config.seed, job.dataset_prompts, job.responses_per_prompt, max_tokens=job.max_response_tokens
     )
     recorder = Recorder()
-    backend = SimulatedBackend(costs, work_of(config, oracle), recorder, config.seed, progress)
+    plan = FaultPlan.load(config.faults, config.cluster.nodes, parameters) if config.faults != Faults() else None
+    backend = SimulatedBackend(costs, work_of(config, oracle), recorder, config.seed, progress, plan, config.cluster)
     return Simulation(backend, costs, recorder, parameters, oracle)
+
+
+def costs_of(config: Config, node_type: NodeType, parameters: Parameters) -> Costs | ProfiledCosts:
+    """What things take: by the profile that the configuration names, else by the tables and models of its hardware.
+
+    A profile stands for the machine: of the node type only the number of GPUs and the price are used. Times are on the
+    clock that was profiled.
+    """
+    job, engine, nodes = config.job, config.engine, config.cluster.nodes
+    if engine.profile is None:
+        return Costs(job, engine, node_type, nodes, parameters)
+    profile = load_profile(engine.profile)
+    return ProfiledCosts(
+        job, engine, profile, nodes=nodes, gpus_per_node=node_type.gpus, parameters=parameters, path=engine.profile,
+        clock=profile.clock,
+    )  # fmt: skip
 
 
 def work_of(config: Config, oracle: Oracle) -> Callable[[int], StepWork]:
@@ -175,7 +197,7 @@ def price_name(config: Config, parameters: Parameters) -> str:
     return config.billing.price or parameters.name(f"node.{config.cluster.node_type}.price")
 
 
-_ABOUT_A_KEY = re.compile(r"(policy|engine|job|cluster)\.\w+=")
+_ABOUT_A_KEY = re.compile(r"(policy|engine|job|cluster|faults)\.\w+=")
 
 
 def _drive(simulation: Simulation, policy: Policy, name: str) -> None:
@@ -203,21 +225,28 @@ def _note_workload(lengths: LengthModel, parameters: Parameters) -> None:
 
 
 def _table_warnings(simulation: Simulation, workers: pd.DataFrame) -> tuple[str, ...]:
-    """Warn of iteration times without a table, and of look-ups beyond a table's ends; list the latter."""
+    """Warn of iteration times without a table, and of look-ups beyond a table's ends; list how many of these.
+
+    The warnings hold no counts, so that those of several runs are the same.
+    """
     costs, warnings = simulation.costs, []
+    model, table = costs.job.model, "table"
+    if isinstance(costs, ProfiledCosts):
+        model, table = costs.profile.model.name, "profile"
     for gpus in sorted({int(n) for n in workers.loc[workers["role"].isin(["decode", "prefill"]), "gpus"].unique()}):
         times = costs.times(gpus)
         if times.status == "assumed":
             warnings.append(
-                f"no measured iteration times of {costs.model.name} on {gpus} x {costs.node.gpu}: a roofline stands in"
+                f"no measured iteration times of {model} on {gpus} x {costs.node.gpu}: a roofline stands in"
             )
         count = times.extrapolated
         if count:
-            key = f"iteration_times.{costs.model.name}.{costs.node.gpu}.tp{gpus}.extrapolated"
+            key = f"iteration_times.{model}.{costs.node.gpu}.tp{gpus}.extrapolated"
             source = "look-ups beyond the table's last knots, where its last segment goes on"
             simulation.parameters.note(Parameter(key, count, "look-up", "derived", source))
             warnings.append(
-                f"{count} iteration times of {costs.model.name} on {gpus} x {costs.node.gpu} are extrapolated"
+                f"iteration times of {model} on {gpus} x {costs.node.gpu} are extrapolated: the {table} ends at"
+                f" {times.reach}; parameters.csv has how many"
             )
     return tuple(warnings)
 

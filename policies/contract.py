@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Role = Literal["prefill", "decode", "prepare", "learn"]
 ROLES: tuple[Role, ...] = ("prefill", "decode", "prepare", "learn")
 Stage = Literal["generation", "preparation", "learning", "weight_sync"]
+NodeCondition = Literal["up", "reclaimed", "lost"]
 STAGES: tuple[Stage, ...] = ("generation", "preparation", "learning", "weight_sync")
 
 
@@ -70,6 +71,24 @@ class FunctionLost:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeReclaimed:
+    """A node's owner takes it back at *at_s*; until then it works on. Always delivered.
+
+    Then all of its functions are lost, those too that wait for its GPUs, as when a node is lost without notice.
+    """
+
+    node: int
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReturned:
+    """A machine stands in a lost node's place, with all its GPUs free and nothing on its disk. Always delivered."""
+
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
 class FunctionIdle:
     """A function has nothing left to do; `after` is started, woken, drained, prepared, learned or synced."""
 
@@ -119,7 +138,7 @@ class At:
 
 
 Trigger: TypeAlias = FunctionIdle | CompletionRatio | UnfinishedBelow | Completions | StageFinished | At
-Event: TypeAlias = StepStarted | FunctionLost | Trigger
+Event: TypeAlias = StepStarted | FunctionLost | NodeReclaimed | NodeReturned | Trigger
 
 
 # --- Decisions: what a policy can ask for. ---
@@ -130,7 +149,8 @@ class Start:
     """Lease *gpus* GPUs of one node as a function called *function*; it waits while that many are not free.
 
     In the prefill and decode roles the function is one engine, tensor-parallel over its GPUs. `node=None` lets the
-    backend choose. Deciding it before the work is there is prewarming.
+    backend choose among those that are up; on a lost node it waits for the node to return. Deciding it before the work
+    is there is prewarming.
     """
 
     function: str
@@ -194,7 +214,8 @@ class Prepare:
 class Learn:
     """Update the models on the oldest step that is prepared and not learned, sharded over *functions* (FSDP).
 
-    These are all that have the role `learn`: none may be added or released from then on, unless one is lost.
+    These are all that have the role `learn`: none may be released from then on, and none added but in place of one that
+    was lost, at once or later. The state is then sharded anew.
     """
 
     functions: tuple[str, ...]
@@ -253,11 +274,12 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine: its GPUs, and those that no function leases."""
+    """A machine: its GPUs, those that no function leases, and whether it is there (see `NodeReclaimed`)."""
 
     index: int
     gpus: int
     free_gpus: int
+    condition: NodeCondition = "up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +426,7 @@ class Policy(Protocol):
     """A scheduling policy."""
 
     def decide(self, observation: Observation) -> Sequence[Decision]:
-        """What to do about the observed events. Called at `StepStarted`, `FunctionLost` and subscribed triggers."""
+        """What to do about the observed events: those that are always delivered, and subscribed triggers."""
 
 
 class Backend(Protocol):

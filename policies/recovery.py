@@ -1,7 +1,8 @@
 """What policies do about lost functions. Our reconstruction: the papers behind the policies do not say.
 
-A replacement of the same name, size and roles is started at once. Others take over what it was at, since a cold start
-takes longer than most of a step.
+A replacement of the same name, size and roles is started at once, or, where its node is lost or will be, when that is
+back. Others take over what it was at, since a cold start takes longer than most of a step; the job goes on with what is
+left. Functions on a reclaimed node work on until they are lost, as the tokens that they make till then are kept.
 """
 
 from __future__ import annotations
@@ -20,13 +21,31 @@ class Replacements:
 
     def __init__(self, starts: Iterable[Start] = ()) -> None:
         self.starts = {start.function: start for start in starts}
-        self.names: dict[str, None] = {}  # started anew at some time
+        self.names: dict[str, None] = {}  # lost at some time
+        self.absent: dict[str, None] = {}  # lost, and not started anew
+        self.started: tuple[str, ...] = ()  # anew, in this call
 
     def restart(self, observation: Observation) -> list[Decision]:
-        """Start every function anew that is lost now. Comes before other decisions: a `Learn` needs all learners."""
+        """Start lost functions anew where their node is up. Comes before other decisions: a `Learn` needs all learners.
+
+        When no learner is left, those lost just now are started all the same: they wait for their node, and all else
+        for them.
+        """
         lost = lost_functions(observation)
         self.names.update(dict.fromkeys(lost))
-        return [self.starts[name] for name in lost]
+        self.absent.update(dict.fromkeys(lost))
+        up = nodes_that_are_up(observation)
+        self.started = tuple(name for name in self.absent if self.starts[name].node in up)
+        left = (name for name in self.starts if name not in self.absent or name in self.started)
+        if lost and not any("learn" in self.starts[name].roles for name in left):
+            self.started = tuple(dict.fromkeys((*self.started, *lost)))
+        for name in self.started:
+            del self.absent[name]
+        return [self.starts[name] for name in self.started]
+
+    def present(self) -> tuple[str, ...]:
+        """Functions that are not absent, those too that wait, or were never started."""
+        return tuple(name for name in self.starts if name not in self.absent)
 
     def at_work(self, observation: Observation, names: Sequence[str]) -> tuple[str, ...]:
         """Those of *names* that are not being replaced, or all of them if there are none."""
@@ -38,16 +57,19 @@ class Replacements:
         return name not in self.names or (function is not None and function.state is not State.STARTING)
 
     def reassign(self, observation: Observation, names: Sequence[str]) -> list[Decision]:
-        """Lost responses to those of *names* with the fewest unfinished, or to the replacements if none can go on."""
+        """Lost responses to those of *names* with the fewest unfinished.
+
+        If none can go on, they go to the replacements, or else to those of *names* that wait for weights.
+        """
         responses = lost_responses(observation)
         if not responses:
             return []
         targets = self.able(observation, names, responses)
         if targets:
             return assign_dealt(responses, targets)
-        anew = lost_functions(observation)
-        shares = {name: responses[i :: len(anew)] for i, name in enumerate(anew)}
-        return [Sync(tuple(anew)), *(Assign(name, share) for name, share in shares.items() if share)]
+        later = self.started or tuple(name for name in names if name in observation.functions)
+        shares = {name: responses[i :: len(later)] for i, name in enumerate(later)}
+        return [Sync(later), *(Assign(name, share) for name, share in shares.items() if share)]
 
     def able(self, observation: Observation, names: Sequence[str], responses: Sequence[int]) -> list[Function]:
         """Those of *names* that are at work, decode, and hold weights that are fresh enough for *responses*."""
@@ -55,6 +77,11 @@ class Replacements:
         functions = [observation.functions[name] for name in names if self.is_at_work(observation, name)]
         holds = newest - observation.job.max_staleness
         return [f for f in functions if "decode" in f.roles and f.weights_version >= holds]
+
+
+def nodes_that_are_up(observation: Observation) -> set[int]:
+    """Nodes that are there, and will not be reclaimed."""
+    return {node.index for node in observation.nodes if node.condition == "up"}
 
 
 def lost_functions(observation: Observation) -> list[str]:

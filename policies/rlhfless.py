@@ -43,7 +43,13 @@ from simrl.policies.contract import (
     Trigger,
     Wake,
 )
-from simrl.policies.recovery import Replacements, assign_dealt, lost_functions, lost_responses
+from simrl.policies.recovery import (
+    Replacements,
+    assign_dealt,
+    lost_functions,
+    lost_responses,
+    nodes_that_are_up,
+)
 from simrl.policies.verl import responses_of, start_everywhere
 from simrl.traces.oracle import Oracle
 
@@ -120,6 +126,7 @@ class RLHFless:
         self.promised = {}
         if not self.functions:
             decisions += self.set_up(observation)
+        self.look_around(observation)
         for event in observation.events:
             match event:
                 case StepStarted(prompts=prompts):
@@ -144,17 +151,26 @@ class RLHFless:
         decisions = self.replacements.restart(observation)
         if not responses:
             return decisions
-        started = [name for name in self.functions if name not in self.pending_starts]
+        started = [name for name in self.replacements.present() if name not in self.pending_starts]
         able = self.replacements.able(observation, started, responses)
         actors = [function for function in able if function.name in self.actors]
         awake = [function for function in able if function.name not in self.parked]
         targets = actors or awake or able
-        names = [function.name for function in targets] or sorted(lost)
+        rest = [name for name in started if name in observation.functions]
+        names = [function.name for function in targets] or list(self.replacements.started) or rest
         self.actors += [name for name in names if name not in self.actors]
         if targets:
             return [*decisions, *self.wake(names), *assign_dealt(responses, targets)]
         # A sync needs all learners awake.
-        return [*decisions, *self.wake_learners(), *self.replacements.reassign(observation, ())]
+        wakes = [*self.wake_learners(), *self.wake(names)]
+        return [*decisions, *wakes, *self.replacements.reassign(observation, names)]
+
+    def look_around(self, observation: Observation) -> None:
+        """Which functions there are, or could be started."""
+        up = nodes_that_are_up(observation)
+        waiting = {name for name, start in self.pending_starts.items() if start.node not in up}
+        self.functions = tuple(name for name in self.replacements.present() if name not in waiting)
+        self.learners = tuple(name for name in self.functions if "learn" in self.replacements.starts[name].roles)
 
     def set_up(self, observation: Observation) -> list[Decision]:
         """Start the learner's functions; remember where decode-only ones could be started."""
@@ -175,11 +191,9 @@ class RLHFless:
             self.pending_starts = {start.function: start for start in decoders}
             places = places[:count]
         self.replacements = Replacements([*places, *self.pending_starts.values()])
-        self.learners = tuple(start.function for start in places)
-        self.functions = (*self.learners, *self.pending_starts)
         triggers: list[Trigger] = [StageFinished("generation"), StageFinished("preparation"), FunctionIdle()]
         if self.params.cut_and_migrate and self.params.cut_threshold < 1:
-            triggers += [CompletionRatio(self.params.cut_threshold, name) for name in self.functions]
+            triggers += [CompletionRatio(self.params.cut_threshold, name) for name in self.replacements.starts]
         return [*places, *map(Subscribe, triggers)]
 
     def start_step(self, observation: Observation, prompts: Sequence[Prompt]) -> list[Decision]:

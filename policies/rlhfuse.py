@@ -61,6 +61,7 @@ class RLHFuse:
         freed_before, self.left = self.freed, list(observation.unprepared)
         if not self.functions:
             decisions += self.set_up(observation)
+        self.functions = self.replacements.present()
         for event in observation.events:
             match event:
                 case StepStarted(prompts=prompts):
@@ -86,7 +87,6 @@ class RLHFuse:
     def set_up(self, observation: Observation) -> list[Decision]:
         """Start on every GPU, and ask to hear of the tail."""
         starts = start_everywhere(observation)
-        self.functions = tuple(start.function for start in starts)
         self.replacements = Replacements(starts)
         tail = min(
             round(self.params.tail_ratio * observation.job.responses_per_step),

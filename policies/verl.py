@@ -56,9 +56,9 @@ class Verl:
         decisions = self.replacements.restart(observation)
         if not self.functions:
             starts = start_everywhere(observation)
-            self.functions = tuple(start.function for start in starts)
             self.replacements = Replacements(starts)
             decisions += [*starts, Subscribe(StageFinished("generation")), Subscribe(StageFinished("preparation"))]
+        self.functions = self.replacements.present()
         for event in observation.events:
             match event:
                 case StepStarted(prompts=prompts):

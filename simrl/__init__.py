@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 _CONTRACT = (
     "Assign", "At", "Backend", "CompletionRatio", "Completions", "Decision", "Estimates", "Event", "FinishedStep",
-    "Function", "FunctionIdle", "FunctionLost", "InvalidDecision", "Learn", "Migrate", "Node", "Observation", "Park",
-    "Policy", "PolicyStalled", "Prepare", "Prompt", "Release", "Response", "Role", "Stage", "StageFinished", "Start",
+    "Function", "FunctionIdle", "FunctionLost", "InvalidDecision", "Learn", "Migrate", "Node", "NodeReclaimed",
+    "NodeReturned", "Observation", "Park", "Policy",
+    "PolicyStalled", "Prepare", "Prompt", "Release", "Response", "Role", "Stage", "StageFinished", "Start",
     "State", "StepStarted", "Subscribe", "Sync", "Trigger", "UnfinishedBelow", "Wake", "drive",
 )  # fmt: skip
 _WHERE = {

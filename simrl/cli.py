@@ -114,9 +114,10 @@ def _user_message(error: Exception) -> tuple[str, int] | None:
     from simrl.real_backend.ray_cluster import ClusterError, death, last_line
     from simrl.simulator.costs import DoesNotFit
     from simrl.traces.profile import ProfileError
+    from simrl.traces.trace import TraceError
 
     theirs = (InvalidDecision, PolicyStalled, PolicyCheckFailed)
-    mendable = (ClusterError, ConfigError, DoesNotFit, ProfileError, RunDirectoryError, *theirs)
+    mendable = (ClusterError, ConfigError, DoesNotFit, ProfileError, RunDirectoryError, TraceError, *theirs)
     if isinstance(error, mendable):
         return ": ".join([*getattr(error, "__notes__", ()), str(error)]), 2
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -175,6 +176,10 @@ def compare(
     policies: Annotated[str, typer.Option(help="Names, separated by commas.", metavar="A,B,...")],
     seeds: Annotated[int, typer.Option(parser=_whole_number, help="Seeds: --seed, --seed + 1, ...", metavar="K")] = 1,
     baseline: Annotated[str | None, typer.Option(help="What the others are compared with.", metavar="NAME")] = None,
+    robustness: Annotated[
+        int | None,
+        typer.Option(parser=_whole_number, help="Points at which to vary all that is assumed.", metavar="K"),
+    ] = None,
     nodes: NodesOption = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
@@ -197,8 +202,8 @@ def compare(
     )
     if output:
         check_directory(output)
-    with _progress("runs", seeds * len(everyone)) as progress:
-        comparison = compare_policies(resolved, names, seeds, baseline, progress=progress)
+    with _progress("runs", (seeds + (robustness or 0)) * len(everyone)) as progress:
+        comparison = compare_policies(resolved, names, seeds, baseline, robustness=robustness, progress=progress)
     if output:
         write_comparison(comparison, resolved, output)
     _warn(comparison.warnings)
@@ -226,9 +231,15 @@ def validate(
     steps: StepsOption = None,
     seed: SeedOption = None,
     output: OutputOption = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Published stage times to predict instead.", metavar="FILE.csv")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run policies on real engines and simulated, and print how far the simulator is off."""
+    """Run policies on real engines and simulated, and print how far the simulator is off; or predict records."""
+    if records is not None:
+        _validate_records(records, as_json=as_json)
+        return
     from simrl.experiments import report
     from simrl.experiments.run import check_directory
     from simrl.experiments.validate import run_validation, write_validation
@@ -244,6 +255,13 @@ def validate(
     if output:
         write_validation(validation, output)
     _print(json.dumps(validation.to_json(), indent=2) if as_json else report.of_validation(validation, output))
+
+
+def _validate_records(path: Path, *, as_json: bool) -> None:
+    from simrl.experiments.records import of_records, validate_records
+
+    found = validate_records(path)
+    _print(json.dumps(found.to_json(), indent=2) if as_json else of_records(found))
 
 
 @app.command()
@@ -275,16 +293,24 @@ def presets(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def hardware(as_json: JsonOption = False) -> None:
-    """List node types, GPUs, engine presets, prices and every parameter, with sources."""
+def hardware(
+    model: Annotated[str | None, typer.Option(help="How this model runs on each GPU.", metavar="NAME")] = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List GPUs, node types, engine presets, prices and every parameter; or how a model runs on each GPU."""
     from simrl.experiments import catalogue, report
+    from simrl.experiments.hardware_file import load_parameters
 
-    tables = catalogue.hardware()
+    parameters = load_parameters(_load(config=config, sets=sets).cluster)
+    tables = catalogue.hardware_of_model(model, parameters) if model else catalogue.hardware(parameters)
     if as_json:
         _print(json.dumps(tables, indent=2))
     else:
         for title, rows in tables.items():
-            _print(report.of_list(title, rows))
+            if rows:
+                _print(report.of_list(title, rows))
 
 
 @app.command()
@@ -304,6 +330,91 @@ def profile(
         measured = profile_model(device, model, quick=quick, seed=seed, on_progress=progress)
     measured.write(output)
     _print(report.of_list("profile", measured.overview()))
+
+
+trace_app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(trace_app, name="trace", help="Import logs of real runs, and show what is in them.")
+
+
+@trace_app.command("import")
+def trace_import(
+    files: Annotated[list[Path], typer.Argument(help="Logs of one format, or a simrl run.", metavar="FILE...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.", metavar="T.parquet")],
+    log_format: Annotated[
+        str, typer.Option("--format", help="See docs/traces.md; or a mapping's path.", metavar="F")
+    ] = "auto",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder with a tokenizer.json, for logs of texts.", metavar="FOLDER")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad lines out, and count them.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read logs of a run into a trace."""
+    from simrl.experiments import report
+    from simrl.experiments.trace_info import overview, provenance_warnings
+    from simrl.traces.importers import import_trace
+
+    inner = [file for path in files for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()]
+    megabytes = sum(file.stat().st_size for file in inner) // 10**6
+    with _progress("MB", megabytes) as bar:
+        provenance = import_trace(
+            files, output, log_format=log_format, imported=time.strftime("%Y-%m-%d"), tokenizer=tokenizer,
+            skip_bad=skip_bad, progress=None if bar is None else lambda done: bar(done // 10**6),
+        )  # fmt: skip
+    _warn(provenance_warnings(provenance))
+    row = overview(output, provenance)
+    _print(json.dumps(row, indent=2) if as_json else report.of_list("imported", [row]))
+
+
+@trace_app.command("info")
+def trace_info(
+    trace: Annotated[Path, typer.Argument(help="Of `simrl trace import`.", metavar="T.parquet")],
+    picture: Annotated[Path | None, typer.Option("--output", "-o", help="Picture to draw.", metavar="PNG")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a trace says: steps, lengths, their spread and stability, stages, GPUs."""
+    from simrl.experiments.trace_info import RESPONSE_COLUMNS, draw, info, of_info
+    from simrl.traces.trace import check_output, read_trace
+
+    if picture:
+        check_output(picture)
+    found = read_trace(trace, RESPONSE_COLUMNS)
+    figures = info(found)
+    if picture:
+        draw(found, picture)
+    _print(json.dumps(figures, indent=2) if as_json else of_info(figures))
+
+
+@trace_app.command("fit")
+def trace_fit(
+    source: Annotated[Path, typer.Argument(help="A trace, or a CSV of lengths.", metavar="T")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Workload file to write.", metavar="WORKLOAD.toml")],
+    group: Annotated[list[str] | None, typer.Option(help="Rows of a CSV; repeatable.", metavar="COLUMN=VALUE")] = None,
+    cap: Annotated[
+        int | None, typer.Option(parser=_whole_number, help="Responses of so many tokens are truncated.", metavar="N")
+    ] = None,
+    between_share: Annotated[
+        str | None, typer.Option(help="Of the variance, where prompts have one response.", metavar="V,LOW,HIGH")
+    ] = None,
+    template_tokens: Annotated[
+        int, typer.Option(parser=_whole_number, help="To add to the prompts' lengths.", metavar="N")
+    ] = 0,
+    steps_per_epoch: Annotated[
+        int | None, typer.Option(parser=_whole_number, help="Where prompts do not show it.", metavar="N")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="QQ plot to draw.", metavar="PNG")] = None,
+    attribution: Annotated[str, typer.Option(help="Who published the lengths, and licence.", metavar="TEXT")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a length model to measured lengths, and write the workload file."""
+    from simrl.experiments.trace_fit import fit_workload, of_fit
+
+    with _progress("forms", 16) as progress:
+        figures = fit_workload(
+            source, output, groups=group or [], cap=cap, between_share=between_share, template_tokens=template_tokens,
+            steps_per_epoch=steps_per_epoch, picture=picture, attribution=attribution, on_fit=progress,
+        )  # fmt: skip
+    _print(json.dumps(figures, indent=2) if as_json else of_fit(figures))
 
 
 def _load(**options: Any) -> Config:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import simpy
 
-from simrl.policies.contract import Prompt, Start
+from simrl.policies.contract import Decision, Prompt, Start, State
 from simrl.policies.runtime.backend import ClusterBackend
 from simrl.policies.runtime.function import ClusterFunction
 from simrl.policies.runtime.rollout import Rollout
@@ -15,8 +15,12 @@ from simrl.policies.runtime.view import View
 from simrl.simulator.costs import CostModel, DoesNotFit
 from simrl.simulator.engine import Request
 from simrl.simulator.estimates import ProfiledEstimates
+from simrl.simulator.faults import FaultInjector, FaultPlan
 from simrl.simulator.function import SimFunction
-from simrl.simulator.network import Network, NodeLinks
+from simrl.simulator.keep_alive import KeepAlive
+from simrl.simulator.network import Network
+from simrl.simulator.sync import WeightSync
+from simrl.traces.job import Cluster
 from simrl.traces.records import Recorder
 
 
@@ -29,6 +33,8 @@ class SimulatedBackend(ClusterBackend):
         recorder: Gets every fact of the run.
         seed: Root of the random streams (cold-start times).
         on_step: Called with the number of learned steps, for progress.
+        faults: What breaks; nothing by default.
+        options: How weights travel, what is kept; *costs* knows the machines.
     """
 
     def __init__(
@@ -38,17 +44,41 @@ class SimulatedBackend(ClusterBackend):
         recorder: Recorder,
         seed: int,
         on_step: Callable[[int], None] | None = None,
+        faults: FaultPlan | None = None,
+        options: Cluster | None = None,
     ) -> None:
         super().__init__(costs.job, costs.engine, costs.nodes, costs.node.gpus, work, recorder, on_step)
-        self.costs, self.seed = costs, seed
+        self.costs, self.seed, self.options = costs, seed, options or Cluster()
         self.max_batched_tokens = costs.max_batched_tokens
+        self.faults = FaultInjector(faults, seed, costs.nodes, costs.node.gpus) if faults is not None else None
 
     def reset(self) -> View:
         """Begin the job at time 0 with an empty cluster and an empty record."""
         view = super().reset()
-        self.nodes = [NodeLinks() for _ in range(self.num_nodes)]
-        self.network = Network(self.env, self.nodes, self.costs)
+        self.network = Network(self.env, self.num_nodes, self.costs.node.nic_bytes_per_s, self.costs.store_bytes_per_s)
+        self.weight_sync = WeightSync(self.network, self.costs, self.options.weight_sync)
+        self.keep_alive = KeepAlive(self.env, self.options.keep_alive_s, self.recorder)
+        if self.faults is not None:
+            self.faults.begin(self)
         return view
+
+    def advance(self, decisions: Sequence[Decision]) -> View | None:
+        """Carry out *decisions*, then run until a trigger fires."""
+        view = super().advance(decisions)
+        if view is None:
+            self.keep_alive.close()
+        if view is None and self.faults is not None:
+            self.faults.close()
+        return view
+
+    def slowness(self, node: int | None) -> float:
+        """Times on *node* as a multiple of those on others."""
+        return self.faults.slowness(node) if self.faults is not None else 1.0
+
+    def forget_disk(self, node: int) -> None:
+        """Another machine takes the place of *node*."""
+        self.network.nodes[node].pulled.clear()
+        self.keep_alive.make_room(node, 0.0)
 
     def new_environment(self) -> simpy.Environment:
         """Simulated time."""
@@ -90,14 +120,40 @@ class SimulatedBackend(ClusterBackend):
         return function.gpus * here, self.costs.node.host_memory_bytes
 
     def learn_work(self, functions: Sequence[ClusterFunction], state: StepState) -> Callable[[], simpy.Event]:
-        """Learning on all responses of a step."""
+        """Learning on all responses of a step, at the pace of the slowest node."""
         gpus = sum(function.gpus for function in functions)
         tokens = [total_tokens(rollout) for rollout in state.rollouts]
-        nodes = len({function.node for function in functions})
-        seconds = self.costs.learn_s(tokens, gpus, nodes)
-        return lambda: self.env.timeout(seconds)
+
+        def begin() -> simpy.Event:  # all are there, so that their nodes are known
+            nodes = {function.node for function in functions}
+            seconds = self.costs.learn_s(tokens, gpus, len(nodes))
+            return self.env.timeout(seconds * max(map(self.slowness, nodes)))
+
+        return begin
 
     def sync_work(self, behind: Sequence[ClusterFunction], version: int) -> Callable[[], simpy.Event]:
-        """One collective over the whole cluster."""
-        seconds = self.costs.sync_s(min(function.gpus for function in behind), self.costs.nodes)
-        return lambda: self.env.timeout(seconds)
+        """From all learners to those of *behind* that are still there."""
+
+        def begin() -> simpy.Event:
+            present = [function for function in self.functions.values() if function.state is not State.GONE]
+            learners = [function for function in present if "learn" in function.roles and function.node is not None]
+            return self.weight_sync.begin(_simulated([f for f in behind if f in present]), _simulated(learners))
+
+        return begin
+
+    # --- host memory ---
+
+    def host_room(self, node: int) -> float:
+        """Host memory that parked functions leave for kept processes on *node*."""
+        parked = sum(size for name, size in self._parked_bytes.items() if self._place(name) == node)
+        return self.costs.node.host_memory_bytes - parked
+
+    def make_host_room(self, function: SimFunction) -> None:
+        """End kept processes on the node of a function that is being parked, as far as it needs their memory."""
+        assert function.node is not None
+        if self.keep_alive.keep_s:
+            self.keep_alive.make_room(function.node, self.host_room(function.node))
+
+
+def _simulated(functions: Sequence[ClusterFunction]) -> list[SimFunction]:
+    return [function for function in functions if isinstance(function, SimFunction)]

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import simpy
 
 from simrl.policies.contract import Role, State
 from simrl.policies.runtime.function import ClusterFunction, Process, Serving, Trip
 from simrl.policies.runtime.rollout import Rollout
 from simrl.simulator.engine import Engine, Request, Span
+from simrl.simulator.faults import SlowTimes
+from simrl.simulator.keep_alive import Kept
+from simrl.simulator.movement import PULLS
+from simrl.simulator.network import GpuLinks, Link, Load
+from simrl.traces.iteration import IterationTimes
 from simrl.traces.streams import stream
 
 if TYPE_CHECKING:
@@ -28,39 +34,67 @@ class SimFunction(ClusterFunction):
         self.engine: Engine[Request] | None = None
         self._span: Span | None = None  # what the engine is at
         self._span_start_s = 0.0
+        machine = cluster.costs.node
+        self.links = GpuLinks.of(gpus, machine.link_bytes_per_s, machine.host_bytes_per_s)
         super().__init__(cluster, name, gpus, roles, node)
 
     def learner_world(self) -> int | None:
         """GPUs that share the learner's state with this function; None when it has no part in it."""
         return self.cluster.learner_world() if "learn" in self.roles else None
 
-    def _after_s(self, seconds: float) -> simpy.Event | None:
-        return self.cluster.env.timeout(seconds) if seconds > 0 else None
+    def _move(self, load: Load, link: Link) -> simpy.Event | None:
+        """Between its GPUs and host memory; None if it takes no time."""
+        return self.cluster.network.move(load, {link: 1.0}) if load.fixed_s or load.size_bytes else None
 
     # --- life ---
 
+    def _take_gpus(self, node: int | None, same: tuple[int, ...] | None = None) -> Process:
+        """Wait for GPUs: where a kept process of this kind waits, if there is room."""
+        if node is None:
+            kept = self.cluster.keep_alive.nodes(self.gpus, self.roles)
+            node = next((n for n in self.cluster.pool.nodes_with_room(self.gpus) if n in kept), None) if kept else None
+        return (yield from super()._take_gpus(node, same))
+
     def start_up(self) -> Process:
-        """Cold-start phases; the weights are downloaded once a node."""
-        cluster = self.cluster
+        """Go on with a kept process, or start one."""
         assert self.node is not None
-        node = cluster.nodes[self.node]
-        rng = stream(cluster.seed, "start", self.name)
-        spread = cluster.costs.start_spread()
-        phases = cluster.costs.start_phases(self.gpus, self.roles, cached=False)
-        drawn = {name: s * float(rng.lognormal(-(spread**2) / 2, spread)) for name, s in phases.items()}
-        download_s = drawn.pop("download")
-        if node.weights_cached is None:
-            node.weights_cached = cluster.env.timeout(download_s)
-        if not node.weights_cached.processed:
-            yield node.weights_cached
-        yield cluster.env.timeout(sum(drawn.values()))
+        if self.cluster.keep_alive.take(self.node, self.gpus, self.roles):
+            wake = self.wake_work()
+            if wake is not None:
+                yield wake
+        else:
+            yield from self._cold_start(self.node)
         if {"prefill", "decode"} & set(self.roles):
             self.engine = self._new_engine()
+
+    def _cold_start(self, node: int) -> Process:
+        """Each phase is drawn for itself; image and weights are pulled once a node."""
+        if not self.cluster.options.images_cached:
+            rng = stream(self.cluster.seed, "start", self.name, "image")
+            yield self._pull("image", node, self._drawn("image", rng))
+        rng = stream(self.cluster.seed, "start", self.name)
+        for phase, seconds in self.cluster.costs.start_phases(self.gpus, self.roles, cached=False).items():
+            factor = self._drawn(phase, rng)
+            yield self._pull(phase, node, factor) if phase in PULLS else self.cluster.env.timeout(seconds * factor)
+
+    def _pull(self, phase: str, node: int, factor: float) -> simpy.Event:
+        load = self.cluster.costs.pull_load(PULLS[phase])
+        return self.cluster.network.pull(phase, node, load.times(factor))
+
+    def _drawn(self, phase: str, rng: np.random.Generator) -> float:
+        """A phase's time as a multiple of what is expected: lognormal, with a mean of 1."""
+        spread = self.cluster.costs.start_spread(phase)
+        return float(rng.lognormal(-(spread**2) / 2, spread))
+
+    def _times(self) -> IterationTimes:
+        """Of its engine, on its node."""
+        times, slowness = self.cluster.costs.times(self.gpus), self.cluster.slowness(self.node)
+        return times if slowness == 1 else SlowTimes(times, slowness)
 
     def _new_engine(self) -> Engine[Request]:
         costs = self.cluster.costs
         return Engine(
-            times=costs.times(self.gpus),
+            times=self._times(),
             kv_blocks=costs.kv_blocks(self.gpus, self.learner_world()),
             max_num_seqs=costs.max_num_seqs,
             max_batched_tokens=costs.max_batched_tokens,
@@ -70,15 +104,33 @@ class SimFunction(ClusterFunction):
 
     def switch(self, role: Role) -> simpy.Event | None:
         """Sleep or wake the engine, move the learner's state if it is kept in host memory."""
-        return self._after_s(self.cluster.costs.switch_s(self.role, role, self.learner_world()))
+        load = self.cluster.costs.switch_load(self.role, role, self.gpus, self.learner_world())
+        return self._move(load, self.links.to_host if role in ("prefill", "decode") else self.links.from_host)
 
     def park_work(self) -> simpy.Event | None:
-        """GPU to host memory."""
-        return self._after_s(self.cluster.costs.park_s(self.gpus, self.roles, self.learner_world()))
+        """GPU to host memory, where kept processes make room."""
+        self.cluster.make_host_room(self)
+        load = self.cluster.costs.park_load(self.gpus, self.roles, self.learner_world())
+        return self._move(load, self.links.to_host)
 
     def wake_work(self) -> simpy.Event | None:
         """Host memory to GPU."""
-        return self._after_s(self.cluster.costs.wake_s(self.gpus, self.roles, self.learner_world()))
+        load = self.cluster.costs.wake_load(self.gpus, self.roles, self.learner_world())
+        return self._move(load, self.links.from_host)
+
+    def release(self) -> Process:
+        """A task: end, once outgoing KV has left; with a keep-alive the process waits in host memory for a while."""
+        keep = self.cluster.keep_alive.keep_s > 0 and self.engine is not None and "learn" not in self.roles
+        if keep and self.state is not State.PARKED:
+            self.state = State.BUSY
+            yield from self._sent()
+            yield from self.cold(self.park_work())
+        yield from super().release()
+        if keep:
+            assert self.node is not None
+            host_bytes = self.gpus * self.cluster.costs.resident_bytes(self.gpus, self.roles, None)
+            kept = Kept(self.name, self.node, self.gpus, frozenset(self.roles), host_bytes, self.cluster.env.now)
+            self.cluster.keep_alive.keep(kept, self.cluster.host_room(self.node))
 
     def end(self) -> None:
         """Nothing is left to do."""
@@ -128,10 +180,10 @@ class SimFunction(ClusterFunction):
             if leaving:
                 trip = Trip(self)
                 trip.begin(leaving)
-                self.sending(self._move(leaving, target, with_kv, trip))
+                self.sending(self._migrate(leaving, target, with_kv, trip))
         yield from ()  # nothing of this takes time
 
-    def _move(self, requests: Sequence[Request], target: Serving, with_kv: bool, trip: Trip) -> Process:
+    def _migrate(self, requests: Sequence[Request], target: Serving, with_kv: bool, trip: Trip) -> Process:
         """Move responses out of the engine to *target*; their blocks are free once the KV has left."""
         assert self.engine is not None
         if with_kv:
@@ -197,16 +249,18 @@ class SimFunction(ClusterFunction):
     def _transfer(self, kv_tokens: int, target: ClusterFunction) -> Process:
         if not (yield from self.reaches(target)):
             return
+        assert isinstance(target, SimFunction)
         assert self.node is not None
         assert target.node is not None
-        yield self.cluster.network.send(self.node, target.node, kv_tokens, min(self.gpus, target.gpus))
+        load = self.cluster.costs.kv_load(kv_tokens)
+        yield self.cluster.network.send(load, (self.node, self.links), (target.node, target.links))
 
     def prefill(self, groups: Sequence[Sequence[Rollout]]) -> simpy.Event:
         """One iteration over the prompts of *groups*."""
         lengths = [group[0].prompt_tokens for group in groups]
         tokens = sum(lengths)
         attended = sum(length * length / 2 for length in lengths) / tokens
-        return self.cluster.env.timeout(self.cluster.costs.times(self.gpus).prefill_s(tokens, attended))
+        return self.cluster.env.timeout(self._times().prefill_s(tokens, attended))
 
     def send_prefix(self, groups: Sequence[Sequence[Rollout]], target: ClusterFunction) -> Process:
         """Whole blocks travel; the last prompt token is computed where its logits are needed."""
@@ -224,7 +278,7 @@ class SimFunction(ClusterFunction):
         """Log-probs, values and rewards."""
         tokens = [rollout.prompt_tokens + rollout.generated for rollout in rollouts]
         seconds = self.cluster.costs.prepare_s(tokens, self.gpus, loaded=loaded)
-        return self.cluster.env.timeout(seconds)
+        return self.cluster.env.timeout(seconds * self.cluster.slowness(self.node))
 
     # --- what it reports ---
 

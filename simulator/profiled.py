@@ -11,6 +11,8 @@ from typing import Literal
 
 from simrl.policies.contract import Role
 from simrl.simulator.costs import DoesNotFit, NodeType
+from simrl.simulator.movement import Pull, SyncWay
+from simrl.simulator.network import Load
 from simrl.traces.batches import micro_batches, mini_batches, padded_tokens, shares
 from simrl.traces.iteration import IterationTimes
 from simrl.traces.job import Engine as EngineSpec
@@ -63,7 +65,7 @@ class ProfiledCosts:
         self.job, self.engine, self.profile = job, engine, profile
         self.nodes, self._gpus = nodes, nodes * gpus_per_node
         self._parameters, self._clock = parameters, clock
-        self.prefix_caching = engine.prefix_caching
+        self.prefix_caching, self.store_bytes_per_s = engine.prefix_caching, math.inf
         self.block_tokens = profile.engine.block_tokens
         self.max_num_seqs = self._limit("max_num_seqs", engine.max_num_seqs, profile.engine.max_num_seqs)
         self.max_batched_tokens = self._limit(
@@ -72,7 +74,7 @@ class ProfiledCosts:
         self.weight_bytes = self._read("model.weight_bytes", profile.model.weight_bytes, "B")
         self.kv_token_bytes = self._read("kv.block_bytes", profile.kv.block_bytes, "B") / self.block_tokens
         kv = profile.kv
-        self.latency_s = self._read("kv.fixed_s", kv.save.fixed_s + kv.load.fixed_s, "s, save and load")
+        self._kv_fixed_s = self._read("kv.fixed_s", kv.save.fixed_s + kv.load.fixed_s, "s, save and load")
         self._kv_token_s = self._read("kv.token_s", kv.save.token_s + kv.load.token_s, "s a token, save and load")
         self.node = self._node(gpus_per_node)
         self.times = functools.cache(self._times)
@@ -223,7 +225,33 @@ class ProfiledCosts:
     def transfer_s(self, kv_tokens: int, gpus: int, *, same_node: bool) -> float:
         """KV into files by one engine and out of them by another, whole blocks of one response; nodes share files."""
         whole = kv_tokens // self.block_tokens * self.block_tokens
-        return self.latency_s + self._kv_token_s * whole
+        return self._kv_fixed_s + self._kv_token_s * whole
+
+    # Everything goes through files and processes of one machine: what is measured passes, and no link is shared.
+
+    def kv_load(self, kv_tokens: int) -> Load:
+        """KV from one function to another."""
+        return Load(self.transfer_s(kv_tokens, 1, same_node=True))
+
+    def sync_load(self, way: SyncWay, ranks: int, *, rebuilt: bool, crossing: float) -> Load:
+        """New weights into engines."""
+        return Load(self.sync_s(1, self.nodes))
+
+    def park_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
+        """GPU to host."""
+        return Load(self.park_s(gpus, roles, learner_world))
+
+    def wake_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
+        """Host to GPU."""
+        return Load(self.wake_s(gpus, roles, learner_world))
+
+    def switch_load(self, old: Role | None, new: Role, gpus: int, learner_world: int | None) -> Load:
+        """Changing the awake role."""
+        return Load(self.switch_s(old, new, learner_world))
+
+    def pull_load(self, what: Pull) -> Load:
+        """Model and programs are on the machine."""
+        return Load(0.0)
 
     def resident_bytes(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
         """What a function keeps of each GPU in host memory: engine weights and its share of the learner's state."""
@@ -261,7 +289,7 @@ class ProfiledCosts:
             phases |= {name: self._read(f"engine_start.{name}", seconds, "s") for name, seconds in measured.items()}
         return phases
 
-    def start_spread(self) -> float:
+    def start_spread(self, phase: str = "") -> float:
         """Standard deviation of ln of a start's seconds; 0 where one start was measured."""
         totals = self.profile.engine_start.total_s
         spread = statistics.stdev(map(math.log, totals)) if len(totals) > 1 else 0.0

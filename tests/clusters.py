@@ -14,7 +14,30 @@ from simrl.traces.records import Recorder
 
 Lengths = Sequence[Sequence[int]]  # a row a prompt, a column a sample
 
-EXACT_STARTS = {"start": {"spread": 0.0}}
+# Round numbers, so that re-sourcing a constant does not touch these tests.
+ROUND: dict[str, Any] = {
+    "gpu": {
+        "l40s": {
+            "memory_bytes": 48e9, "peak_flops": 400e12, "learn_mfu": 0.25, "forward_mfu": 0.5,
+            "memory_bytes_per_s": 800e9, "link_bytes_per_s": 20e9,
+        },
+    },
+    "node": {"g6e.48xlarge": {"nic_bytes_per_s": 50e9, "host_bytes_per_s": 10e9, "host_memory_bytes": 1.5e12}},
+    "network": {"efficiency": 0.8, "latency_s": 0.01},
+    "serving": {"activation_bytes_per_gpu": 3e9, "flat_tolerance": 0.25},
+    "start": {
+        "download_bytes_per_s": 250e6, "load_bytes_per_s": 500e6, "init_s": 90, "compile_s": 50, "capture_s": 40,
+        "spread": 0.1,
+    },
+    "switch": {"engine_sleep_s": 1.5, "engine_wake_s": 0.5, "sync_setup_s": 1.0, "sync_bytes_per_s": 25e9},
+    "learner": {
+        "bytes_per_parameter": 12, "gradient_bytes_per_parameter": 4, "frozen_bytes_per_parameter": 4,
+        "reduce_bytes_per_parameter": 4, "logit_bytes_per_value": 8, "layer_overhead_s": 0.002,
+        "overlap_efficiency": 0.5, "rule_reward_s": 0.001, "reward_workers": 50,
+    },
+}  # fmt: skip
+
+EXACT_STARTS = {"start": {"spread": 0.0, "pull_spread": 0.0}}
 
 
 def make_costs(

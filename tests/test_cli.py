@@ -20,7 +20,8 @@ SMALL = [
 SUMMARY_KEYS = [
     "policy", "seed", "nodes", "gpus", "steps", "responses", "response_tokens", "prompt_tokens", "simulated_s",
     "step_s", "generation_s", "preparation_s", "learning_s", "weight_sync_s", "gpu_s", "gpu_s_per_step",
-    "gpu_s_paper", "gpu_s_by", "cost_usd", "busy_fraction", "cold_starts", "migrations", "prefill_tokens_computed",
+    "gpu_s_paper", "gpu_s_by", "cost_usd", "cost_usd_per_step", "cost_usd_per_million_response_tokens",
+    "busy_fraction", "cold_starts", "lost_functions", "lost_nodes", "migrations", "prefill_tokens_computed",
     "prefill_tokens_saved", "policy_wall_s", "wall_s",
 ]  # fmt: skip
 
@@ -123,8 +124,8 @@ def test_errors_in_files_come_with_file_and_line(capsys):
 
 def test_a_model_that_does_not_fit_says_what_it_needs_and_has(capsys):
     message = refuse(capsys, "run", "--set", "job.model=llama-2-70b", "--nodes", "2", "--steps", "2")
-    assert message.startswith("llama-2-70b does not fit on 2 x l40s"), "before any policy is asked"
-    assert re.search(r"each GPU needs \d+\.\d GB .* and has 48\.3 GB", message)
+    assert message.startswith("llama-2-70b on 2 x l40s an engine does not fit"), "before any policy is asked"
+    assert re.search(r"each l40s needs \d+\.\d GB .* has 48\.3 GB", message)
 
 
 def test_unwritable_outputs_are_refused_before_the_run(capsys, third_party):
@@ -237,8 +238,17 @@ def test_extrapolated_times_are_warned_of(capsys):
                  "--set", "job.responses_per_prompt=8", "--output", "there"])  # fmt: skip
     captured = capsys.readouterr()
     assert code == 0
-    assert re.search(r"simrl: warning: \d+ iteration times of qwen2.5-0.5b on 2 x l40s are extrapolated", captured.err)
+    assert captured.err.count("iteration times of qwen2.5-0.5b on 2 x l40s are extrapolated: the table ends at") == 1
     assert "iteration_times.qwen2.5-0.5b.l40s.tp2.extrapolated" in Path("there/parameters.csv").read_text()
+
+
+def test_a_comparison_warns_once_however_many_seeds_and_policies(capsys):
+    code = main(["compare", "--policies", "verl,rlhfuse", "--seeds", "2", *SMALL, "--json", "--steps", "1",
+                 "--set", "job.prompts_per_step=600", "--set", "job.dataset_prompts=600",
+                 "--set", "engine.tensor_parallel=2", "--set", "job.responses_per_prompt=8"])  # fmt: skip
+    captured = capsys.readouterr()
+    assert code == 0
+    assert captured.err.count("warning: iteration times of qwen2.5-0.5b on 2 x l40s are extrapolated") == 1
 
 
 # --- compare ---
@@ -280,12 +290,44 @@ def test_presets_are_listed(capsys):
 
 def test_hardware_lists_every_parameter_with_its_source(capsys):
     tables = json.loads(succeed(capsys, "hardware", "--json"))
-    assert list(tables) == ["node types", "engine presets", "prices", "parameters"]
-    assert {"g6e.48xlarge", "p5.48xlarge"} == {row["name"] for row in tables["node types"]}
+    assert list(tables) == ["GPUs", "node types", "engine presets", "prices", "parameters"]
+    assert {"g6e.48xlarge", "p5.48xlarge"} <= {row["name"] for row in tables["node types"]}
+    assert {row["name"]: row["iteration_times"] for row in tables["GPUs"]} == {
+        **dict.fromkeys(("l40s", "h100", "h200", "a100"), "tables"),
+        **dict.fromkeys(("h20", "h800", "gh200", "mi300x"), "roofline"),
+    }
     assert all(row["unit"] and row["source"] and row["status"] for row in tables["parameters"])
     assert {row["name"] for row in tables["parameters"]} == set(shipped_parameters())
     out = succeed(capsys, "hardware")
     assert all(row["name"] in out.replace("\n", "") for row in tables["parameters"])
+
+
+def test_hardware_tells_how_a_model_runs_on_each_gpu(capsys, monkeypatch):
+    tables = json.loads(succeed(capsys, "hardware", "--model", "Llama-2-70B", "--json"))
+    times, misfits, sources, model = tables.values()
+    rows = {(row["name"], row["tp"]): row for row in times}
+    assert len(rows) == 8 * 4
+    assert rows["h100", 4]["times"] == "table (derived)"
+    assert rows["h100", 4]["b32_ms"] == pytest.approx(16.78, abs=0.01)
+    assert rows["h20", 4]["times"] == "roofline (assumed)"
+    assert (rows["l40s", 2]["times"], rows["l40s", 2]["b1_ms"]) == ("does not fit", None)
+    weights_gb, kv_gb = 2 * 68.977 / 2, 4096 * 2 * 80 * 8 * 128 * 2 / 2 / 1e9
+    assert rows["l40s", 2]["needs_gb"] == pytest.approx(weights_gb + 3 + kv_gb, abs=0.05)
+    without_times = {f"{name} TP {tp}" for (name, tp), row in rows.items() if row["b1_ms"] is None}
+    assert {row["name"] for row in misfits} == without_times
+    assert "(69.0 weights + 3.0 activations + 0.7 KV of 4096 tokens)" in misfits[-1]["what"]
+    assert any("aiconfigurator-core" in row["what"] for row in sources)
+    assert "meta-llama" in model[0]["what"]
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = succeed(capsys, "hardware", "--model", "Llama-2-70B")
+    assert "does not fit" in out
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_hardware_refuses_an_unknown_model(capsys):
+    message = refuse(capsys, "hardware", "--model", "qwen2.5-8b")
+    assert message.startswith("model 'qwen2.5-8b' is unknown; did you mean 'qwen2.5-7b'?")
 
 
 def test_policies_are_checked(capsys, third_party):

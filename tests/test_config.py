@@ -171,7 +171,7 @@ def test_policies_of_a_comparison_share_parameters():
         ({"sets": ["job.steps.x=3"]}, "job.steps.x is unknown; did you mean 'job.steps'? (--set job.steps.x=3)"),
         ({"sets": ["job.step=3"]}, "job.step is unknown; did you mean 'job.steps'? (--set job.step=3)"),
         ({"sets": ["nodes=3"]}, "nodes is unknown; did you mean 'cluster.nodes'? (--set nodes=3)"),
-        ({"sets": ["zzz.qqq=3"]}, "zzz.qqq is unknown; known: job, cluster, engine, billing, policy"),
+        ({"sets": ["zzz.qqq=3"]}, "zzz.qqq is unknown; known: job, cluster, engine, billing, faults, policy"),
         ({"sets": ["steps"]}, "--set steps: must have the form section.key=value"),
         ({"sets": ["a b=1"]}, "--set a b=1: 'a b' is not a key"),
         ({"policy": "rlhfles"}, "policy 'rlhfles' is unknown; did you mean 'rlhfless'?"),
@@ -338,3 +338,28 @@ def test_lines_of_keys():
 def test_values_of_options():
     given = ["3", "0.5", "true", "[1, 2]", '"3"', "rlhfless", "", "1\nx = 2"]
     assert [toml_text.parse_value(text) for text in given] == [3, 0.5, True, [1, 2], "3", "rlhfless", "", "1\nx = 2"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["job.micro_batch_tokens=0"], "job.micro_batch_tokens=0 must be a whole number of at least 1"),
+        (["job.learner_strategy=zero"], "job.learner_strategy='zero' must be one of 'fsdp', 'megatron'"),
+        (["job.learner_tensor_parallel=2"], "learner_tensor_parallel=2 must be 1 with learner_strategy='fsdp'"),
+        (
+            ["job.learner_strategy=megatron", "job.learner_tensor_parallel=3"],
+            "job.learner_tensor_parallel=3 must divide the 8 GPUs of a g6e.48xlarge",
+        ),
+        (
+            ["job.learner_strategy=megatron", "job.lora_rank=8"],
+            "lora_rank=8 must be 0 with learner_strategy='megatron'",
+        ),
+        (["job.reward_model=qwen2.5-3b"], "reward_model='qwen2.5-3b' must be left out with reward='rule'"),
+        (["job.reward=model", "job.reward_model=qwen"], "model 'qwen' is unknown; did you mean 'qwen"),
+    ],
+)
+def test_a_learner_that_cannot_be_is_refused_with_its_origin(sets, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load_config(sets=sets)
+    assert f"--set {sets[-1]}" in str(caught.value)
+    assert "\n" not in str(caught.value)

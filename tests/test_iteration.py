@@ -1,12 +1,13 @@
 import math
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simrl.experiments.derive_iteration_times import Estimator
+from simrl.experiments.derive_iteration_times import MODELS, Estimator, configurations
 from simrl.traces.iteration import (
     BATCH_KNOTS,
     CONTEXT_KNOTS,
@@ -15,18 +16,10 @@ from simrl.traces.iteration import (
     Table,
     graph_batches,
     load_iteration_times,
-    roofline_iteration_times,
 )
 from simrl.traces.models import load_model
 
-SHIPPED = [
-    ("qwen2.5-0.5b", "l40s", 1), ("qwen2.5-0.5b", "l40s", 2), ("qwen2.5-0.5b", "h100", 1), ("qwen2.5-0.5b", "h100", 2),
-    ("qwen2.5-3b", "l40s", 1), ("qwen2.5-3b", "l40s", 2), ("qwen2.5-3b", "l40s", 4),
-    ("qwen2.5-3b", "h100", 1), ("qwen2.5-3b", "h100", 2), ("qwen2.5-3b", "h100", 4),
-    ("qwen2.5-7b", "l40s", 1), ("qwen2.5-7b", "l40s", 2), ("qwen2.5-7b", "l40s", 4),
-    ("qwen2.5-7b", "h100", 1), ("qwen2.5-7b", "h100", 2), ("qwen2.5-7b", "h100", 4),
-    ("llama-2-70b", "h100", 4), ("llama-2-70b", "h100", 8),
-]  # fmt: skip
+SHIPPED = list(configurations())
 
 DECODE = Table((1, 3, 5), (10, 20, 40), ((1, 2, 6), (3, 6, 8), (4, 6, 12)))
 PREFILL = Table((1, 11), (10, 30), ((2, 4), (22, 44)))
@@ -366,29 +359,33 @@ def test_shipped_values(configuration, prefill_1024_ms, decode_ms):
     assert [times.decode_s(*point) * 1e3 for point in points] == pytest.approx(decode_ms, abs=0.051)
 
 
+# The kernel measurements are noisy: by how much a longer context, a larger batch may be faster from knot to knot, and a
+# token of a larger batch dearer. On A100, whose kernels are of an older vLLM, more than elsewhere.
+NOISE = {"l40s": (0.03, 0.06, 0.0), "h100": (0.03, 0.06, 0.0), "h200": (0.03, 0.09, 0.0), "a100": (0.08, 0.15, 0.14)}
+
+
 @pytest.mark.parametrize("where", SHIPPED, ids=str)
 def test_a_longer_context_is_never_faster(where):
-    # The kernel measurements are noisy by a few per cent, nowhere more.
-    times = shipped(*where)
+    times, noise = shipped(*where), NOISE[where[1]][0]
     for batch in BATCH_KNOTS:
         row = [times.decode_s(batch, context) for context in CONTEXT_KNOTS]
-        assert all(later >= 0.97 * earlier for earlier, later in pairwise(row))
+        assert all(later >= (1 - noise) * earlier for earlier, later in pairwise(row))
 
 
 @pytest.mark.parametrize("where", SHIPPED, ids=str)
 def test_a_larger_batch_is_never_faster(where):
-    times = shipped(*where)
+    times, noise = shipped(*where), NOISE[where[1]][1]
     for context in CONTEXT_KNOTS:
         column = [times.decode_s(batch, context) for batch in BATCH_KNOTS]
-        assert all(later >= 0.94 * earlier for earlier, later in pairwise(column))
+        assert all(later >= (1 - noise) * earlier for earlier, later in pairwise(column))
 
 
-# Not on four L40S, whose all-reduce takes over from 128 requests on.
-@pytest.mark.parametrize("where", [where for where in SHIPPED if where[1:] != ("l40s", 4)], ids=str)
+# Not on four L40S or more, whose all-reduce takes over from 128 requests on.
+@pytest.mark.parametrize("where", [w for w in SHIPPED if w[1:] not in (("l40s", 4), ("l40s", 8))], ids=str)
 def test_a_larger_batch_is_cheaper_by_the_token(where):
-    times = shipped(*where)
+    times, noise = shipped(*where), NOISE[where[1]][2]
     per_token = [times.decode_s(batch, 512) / batch for batch in BATCH_KNOTS]
-    assert per_token == sorted(per_token, reverse=True)
+    assert all((1 - noise) * dearer <= cheaper for cheaper, dearer in pairwise(per_token))
 
 
 def test_the_table_says_where_it_comes_from():
@@ -396,73 +393,46 @@ def test_the_table_says_where_it_comes_from():
     assert times.status == "derived"
     for word in ("aiconfigurator-core 0.12.0", "Apache-2.0", "vLLM 0.24.0", "2026-11-22"):
         assert word in times.source
+    assert "vLLM 0.14.0" in shipped("qwen2.5-7b", "a100", 1).source
 
 
 def test_what_the_table_does_not_hold_is_none():
     model = load_model("qwen2.5-7b")
     assert load_iteration_times(model, "l40s", 8) is None
     assert load_iteration_times(model, "tpu", 1) is None
-    assert load_iteration_times(load_model("llama-3.1-8b"), "h100", 1) is None
+    assert load_iteration_times(load_model("qwen2.5-0.5b"), "a100", 1) is None
+    assert load_iteration_times(load_model("qwen2.5-32b"), "h100", 2) is None
+
+
+def test_the_table_covers_nine_models_on_four_gpus_wherever_they_fit():
+    covered = {(name, gpu): [] for name in MODELS for gpu in ("l40s", "h100", "h200", "a100")}
+    for name, gpu, degree in SHIPPED:
+        covered[name, gpu].append(degree)
+    for (name, gpu), degrees in covered.items():
+        if name in ("llama-2-70b", "qwen2.5-72b"):  # 138 and 145 GB of weights
+            assert degrees == ([4, 8] if gpu == "l40s" else [2, 4, 8])
+        elif name == "qwen2.5-0.5b":  # 14 heads
+            assert degrees == ([] if gpu == "a100" else [1, 2])
+        else:  # 28 heads
+            assert degrees == ([1, 2, 4] if name == "qwen2.5-7b" else [1, 2, 4, 8])
+    assert (BATCH_KNOTS[-1], CONTEXT_KNOTS[-1]) == (512, 32768)
+
+
+def test_models_of_one_shape_have_one_table():
+    table = shipped("qwen2.5-7b", "h100", 2)
+    for name in ("qwen2-7b", "qwen2.5-math-7b"):
+        assert shipped(name, "h100", 2).decode_s(17, 700) == table.decode_s(17, 700)
+    tuned = replace(load_model("qwen2.5-7b"), name="mine", max_context=99, source="mine")
+    assert load_iteration_times(tuned, "h100", 2) is not None
+    assert load_iteration_times(replace(tuned, layers=27), "h100", 2) is None
+
+
+def test_times_say_how_far_their_tables_reach():
+    words = "batches of 5, contexts of 40 tokens and prefills of 11 tokens that attend to 30"
+    assert times_of().reach == words
 
 
 def test_deriving_the_table_without_its_extra_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "aiconfigurator_core.sdk", None)
     with pytest.raises(SystemExit, match=r"aiconfigurator-core is not installed: pip install 'simrl\[aic\]'"):
         Estimator(load_model("qwen2.5-7b"), "l40s", 1, tmp_path)
-
-
-# Roofline
-
-
-def roofline(name="qwen2.5-7b", tensor_parallel=1, **options):
-    rates = {
-        "peak_flops": 362e12, "memory_bytes_per_s": 864e9, "allreduce_bytes_per_s": 16e9,
-        "flops_efficiency": 0.7, "memory_efficiency": 0.8,
-    }  # fmt: skip
-    return roofline_iteration_times(load_model(name), tensor_parallel=tensor_parallel, **{**rates, **options})
-
-
-def test_roofline_by_hand():
-    times = roofline()
-    model = load_model("qwen2.5-7b")
-    matmul = model.parameters - model.vocab * model.hidden  # the embedding is looked up
-    weights_s = 2 * matmul / (864e9 * 0.8)
-    kv_s = 32 * 1024 * model.kv_bytes_per_token() / (864e9 * 0.8)
-    assert times.decode_s(32, 1024) == pytest.approx(weights_s + kv_s)
-    layers = matmul - model.vocab * model.hidden
-    linear_flops = 2 * (layers * 2048 + model.vocab * model.hidden)
-    attention_flops = 4 * 28 * 3584 * 2048 * 512
-    assert times.prefill_s(2048, 512) == pytest.approx((linear_flops + attention_flops) / (362e12 * 0.7))
-
-
-def test_tensor_parallel_divides_the_work_and_adds_all_reduces():
-    one, two = roofline(), roofline(tensor_parallel=2)
-    all_reduces_s = 2 * 28 * (2 * 2048 * 3584) * 1 / 16e9  # two a layer; a ring of two sends every byte once
-    assert two.prefill_s(2048, 512) == pytest.approx(one.prefill_s(2048, 512) / 2 + all_reduces_s)
-
-
-def test_roofline_is_within_half_of_the_shipped_table():
-    model_time, table = roofline(), shipped("qwen2.5-7b", "l40s", 1)
-    for batch, context in ((1, 1024), (32, 1024), (128, 1024), (64, 4096)):
-        assert model_time.decode_s(batch, context) == pytest.approx(table.decode_s(batch, context), rel=0.5)
-    assert model_time.prefill_s(1024, 512) == pytest.approx(table.prefill_s(1024, 512), rel=0.5)
-
-
-def test_roofline_is_assumed_and_takes_calibration_and_overhead():
-    plain, changed = roofline(), roofline(execution=Execution(calibration=2.0, overhead_s=0.01))
-    assert plain.status == "assumed"
-    assert "roofline" in plain.source
-    assert changed.decode_s(32, 1024) == pytest.approx(2 * plain.decode_s(32, 1024) + 0.01)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"peak_flops": 0.0}, {"memory_bytes_per_s": -1.0}, {"flops_efficiency": 1.2}, {"memory_efficiency": 0.0},
-        {"tensor_parallel": 0}, {"tensor_parallel": 2, "allreduce_bytes_per_s": 0.0},
-    ],
-)  # fmt: skip
-def test_roofline_rates_are_checked(bad):
-    name = list(bad)[-1]
-    with pytest.raises(ValueError, match=f"{name}="):
-        roofline(**bad)

@@ -1,12 +1,15 @@
 """Summaries against arithmetic by hand on a tiny run: two functions, two steps, two epochs."""
 
 import json
+import re
 import time
 
 import pandas as pd
 import pytest
+from clusters import EXACT_STARTS, make_backend, make_costs, make_job
 
-from simrl.traces.parameters import Parameters
+from simrl.policies.contract import Assign, At, Learn, Park, Prepare, Release, StageFinished, Start, Subscribe, Wake
+from simrl.traces.parameters import Parameters, section_names, shipped_parameters
 from simrl.traces.records import SAMPLE_COLUMNS, Frames, Recorder
 from simrl.traces.summary import Price, flat, summarise
 
@@ -126,6 +129,82 @@ def test_nodes_cost_from_first_to_last_interval_parked_ones_too():
     assert summary_of(tiny(), PER_NODE)["cost_usd"] == pytest.approx(40 + 20)
 
 
+def test_dollars_by_the_step_and_by_a_million_response_tokens():
+    summary = summary_of(tiny(), PER_NODE)  # 60 dollars, 2 steps, 18 tokens
+    assert summary["cost_usd_per_step"] == pytest.approx(30)
+    assert summary["cost_usd_per_million_response_tokens"] == pytest.approx(60 / 18 * 1e6)
+
+
+def test_every_price_has_a_date():
+    names = section_names(shipped_parameters(), "price")
+    assert {"aws-g6e.48xlarge-spot", "aws-p5.48xlarge-spot"} <= set(names)
+    for name in names:
+        assert re.fullmatch(r"20\d\d-\d\d(-\d\d)?", Price.load(name, Parameters()).date), name
+
+
+def lost(function, node, start_s, end_s):
+    return (function, node, 2, "", "lost", None, None, float(start_s), float(end_s))
+
+
+def with_rows(frames, *rows):
+    workers = pd.concat([frames.workers, pd.DataFrame(rows, columns=frames.workers.columns)], ignore_index=True)
+    return Frames(frames.samples, frames.phases, workers, frames.decisions)
+
+
+def test_a_lost_node_is_paid_until_it_is_lost_and_its_successor_from_its_first_use():
+    # Node 0: 0 to 25 s, and another machine from 30 to 40 s, billed as 20; node 1: 14 s, billed as 20.
+    frames = tiny()
+    busy = frames.workers[~((frames.workers.state == "parked") & (frames.workers.function == "a"))]
+    frames = Frames(frames.samples, frames.phases, busy, frames.decisions)
+    assert summary_of(frames, PER_NODE)["cost_usd"] == pytest.approx(40 + 20)
+    broken = with_rows(frames, lost("a", 0, 25, 25), lost("", 0, 25, 30), lost("c", 1, 9, 9))
+    summary = summary_of(broken, PER_NODE)
+    assert summary["cost_usd"] == pytest.approx(25 + 20 + 20)
+    assert (summary["lost_functions"], summary["lost_nodes"]) == (2, 1)
+    assert summary["gpu_s"] == summary_of(frames)["gpu_s"]
+
+
+def test_the_bill_of_a_simulated_life_with_cold_start_parking_and_minimum():
+    # a starts at 0, is parked at 500 s and woken at 600 s for the step; b on the other node is let go at 500 s.
+    work = [[[5, 6]]]
+    costs = make_costs(make_job(work), nodes=2, parameters=EXACT_STARTS)
+    backend, recorder = make_backend(costs, work)
+    observation = backend.reset()
+    told = [Subscribe(StageFinished(stage)) for stage in ("generation", "preparation")]
+    starts = [Start("a", 1, ("decode", "prepare", "learn"), 0), Start("b", 1, ("decode",), 1)]
+    plan = {500.0: [Release("b"), Park("a")], 600.0: [Wake("a"), Assign("a", (0, 1))]}
+    observation = backend.advance([*starts, *told, *(Subscribe(At(time_s)) for time_s in plan)])
+    while observation is not None:
+        decisions = [d for event in observation.events if isinstance(event, At) for d in plan[event.time_s]]
+        done = {event.stage for event in observation.events if isinstance(event, StageFinished)}
+        decisions += [Prepare(("a",), observation.unprepared)] if "generation" in done else []
+        decisions += [Learn(("a",))] if "preparation" in done else []
+        observation = backend.advance(decisions)
+    frames, end_s = recorder.frames(), backend.env.now
+    of_a = frames.workers[frames.workers.function == "a"]
+    cold, parked = (of_a[of_a.state == state] for state in ("cold", "parked"))
+    assert (cold.start_s.iloc[0], cold.end_s.iloc[0] > 100) == (0.0, True), "the cold start is on the bill"
+    parked_s = float(parked.start_s.iloc[0])
+    assert 500 < parked_s < 510
+    assert 600 < end_s < 800
+    # By the GPU and second: a until it is parked and from its wake to the end, b for 500 s.
+    exact = summary_of(frames, Price(3600.0, "gpu", 0))
+    assert exact["cost_usd"] == pytest.approx(parked_s + (end_s - 600) + 500)
+    assert exact["gpu_s"] == pytest.approx(exact["cost_usd"])
+    # Leases of at least 450 s: that after the wake is shorter.
+    assert summary_of(frames, Price(3600.0, "gpu", 450))["cost_usd"] == pytest.approx(parked_s + 450 + 500)
+    # By the node: the parked function keeps node 0 to the end; node 1 is billed for its minimum.
+    assert summary_of(frames, Price(3600.0, "node", 550))["cost_usd"] == pytest.approx(end_s + 550)
+
+
+def test_a_node_is_paid_as_long_as_a_function_is_parked_on_it():
+    frames = tiny()
+    parked_last = frames.workers[(frames.workers.function == "a") & (frames.workers.end_s <= 30)]
+    assert parked_last.state.iloc[-1] == "parked"
+    summary = summary_of(Frames(frames.samples, frames.phases, parked_last, frames.decisions), PER_NODE)
+    assert summary["cost_usd"] == pytest.approx(30)
+
+
 def test_two_functions_of_a_node_share_its_price():
     frames = tiny()
     together = frames.workers.assign(node=0)
@@ -134,7 +213,7 @@ def test_two_functions_of_a_node_share_its_price():
 
 
 def test_prices_come_from_the_table():
-    assert Price.load("aws-g6e.48xlarge", Parameters()) == Price(30.131, "node", 60)
+    assert Price.load("aws-g6e.48xlarge", Parameters()) == Price(30.131, "node", 60, "2026-11-22")
     with pytest.raises(ValueError, match="must be 'node' or 'gpu'"):
         Price(1.0, "rack", 0)
 

@@ -1,18 +1,18 @@
 """How long one iteration of a rollout engine takes.
 
-The shipped table, `data/iteration_times.csv`, comes from aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0): its project
-measured the GEMM, attention and all-reduce kernels of vLLM 0.24.0 on the GPUs themselves, and its estimator adds them
+The shipped table, `data/iteration_times.csv.gz`, comes from aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0): its
+project measured the GEMM, attention and all-reduce kernels of vLLM on the GPUs themselves, and its estimator adds them
 up to an iteration. `simrl.experiments.derive_iteration_times` asked that estimator for the grid on 2026-11-22 and
 rounded the answers to five digits; with ``--check`` it prints how far lookups here are from the estimator.
 
-What the numbers are not: the estimator interpolates to the dimensions of Qwen2.5, and knows nothing of CPU time,
+What the numbers are not: the estimator interpolates to the dimensions of most models, and knows nothing of CPU time,
 scheduling and kernel launches, so that they must come from elsewhere (`Execution`). Its all-reduce on L40S is very slow
-from four GPUs on: a prefill takes longer at TP 4 than at TP 1.
+from four GPUs on: a prefill takes longer at TP 4 than at TP 1. On A100 the kernels are those of an older vLLM.
 """
 
 from __future__ import annotations
 
-import csv
+import gzip
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,12 +21,10 @@ from importlib.resources import files
 from math import ceil, inf, isfinite, sqrt
 from typing import Literal
 
-from simrl.traces.models import Model
+from simrl.traces.models import Model, load_model, model_names
 
-SOURCE = (
-    "aiconfigurator-core 0.12.0 (Apache-2.0): its kernel measurements for vLLM 0.24.0, bf16, Qwen2.5 dimensions "
-    "interpolated; derived 2026-11-22 by simrl.experiments.derive_iteration_times"
-)
+VLLM_VERSIONS = {"l40s": "0.24.0", "h100": "0.24.0", "h200": "0.24.0", "a100": "0.14.0"}
+"""Whose kernels were measured, by GPU."""
 
 # Knots of the shipped and of the roofline tables. GEMM kernels change their tiling above 256, 512 and 1024 tokens, and
 # the time jumps by up to a quarter there: a second knot just behind keeps the jump from leaning over the whole segment.
@@ -236,6 +234,15 @@ class IterationTimes:
         self._decode = _Lookup(decode, execution, execution.kv_read_factor)
         self._prefill = _Lookup(prefill, execution)
 
+    @property
+    def reach(self) -> str:
+        """What the tables hold, in words; beyond it, times are extrapolated."""
+        decode, prefill = self._decode.table, self._prefill.table
+        return (
+            f"batches of {decode.tokens[-1]}, contexts of {decode.contexts[-1]:.0f} tokens and prefills of "
+            f"{prefill.tokens[-1]} tokens that attend to {prefill.contexts[-1]:.0f}"
+        )
+
     def decode_s(self, batch: int, context: float) -> float:
         """Seconds of an iteration in which *batch* requests of mean *context* tokens decode one token each."""
         return self._at(self._decode, batch, context)
@@ -377,115 +384,41 @@ def _terms_until(first: float, slope: float, total: float) -> int:
 def load_iteration_times(
     model: Model, gpu: str, tensor_parallel: int, execution: Execution = Execution()
 ) -> IterationTimes | None:
-    """Times from the shipped table, or None when it does not hold this model, GPU and tensor-parallel degree."""
-    tables = _shipped_tables().get((model.name, gpu.lower(), tensor_parallel))
-    if tables is None:
+    """Times from the shipped table, or None when it does not hold a model of this shape, GPU and degree."""
+    same = (name for name in model_names() if load_model(name).shape == model.shape)
+    keys = (f"{name},{gpu.lower()},{tensor_parallel}" for name in same)
+    key = next((key for key in keys if _shipped_rows(key)), None)
+    if key is None:
         return None
-    decode, prefill = tables
-    return IterationTimes(decode, prefill, execution=execution, source=SOURCE, status="derived")
+    decode, prefill = _shipped_tables(key)
+    return IterationTimes(decode, prefill, execution=execution, source=_source(key), status="derived")
+
+
+def _source(key: str) -> str:
+    name, gpu, _ = key.split(",")
+    return (
+        f"aiconfigurator-core 0.12.0 (Apache-2.0): its kernel measurements for vLLM {VLLM_VERSIONS[gpu]}, bf16, "
+        f"interpolated to the dimensions of {name}; derived 2026-11-22 by simrl.experiments.derive_iteration_times"
+    )
 
 
 @cache
-def _shipped_tables() -> dict[tuple[str, str, int], tuple[Table, Table]]:
-    """(decode, prefill) of every (model, GPU, tensor-parallel degree) in the shipped CSV file."""
-    rows: dict[tuple[str, str, int], dict[str, list[tuple[int, float, float]]]] = {}
-    path = files("simrl.traces").joinpath("data/iteration_times.csv")
-    for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-        key = (line["model"], line["gpu"], int(line["tensor_parallel"]))
-        kinds = rows.setdefault(key, {"decode": [], "prefill": []})
-        kinds[line["kind"]].append((int(line["tokens"]), float(line["context"]), float(line["milliseconds"]) / 1e3))
-    return {key: (Table.from_rows(kinds["decode"]), Table.from_rows(kinds["prefill"])) for key, kinds in rows.items()}
+def _shipped_tables(key: str) -> tuple[Table, Table]:
+    """(decode, prefill) of one "model,GPU,degree" in the shipped file."""
+    kinds: dict[str, list[tuple[int, float, float]]] = {"decode": [], "prefill": []}
+    for row in _shipped_rows(key):
+        kind, tokens, context, milliseconds = row.removeprefix(f"{key},").split(",")
+        kinds[kind].append((int(tokens), float(context), float(milliseconds) / 1e3))
+    return Table.from_rows(kinds["decode"]), Table.from_rows(kinds["prefill"])
 
 
-def roofline_iteration_times(
-    model: Model,
-    *,
-    peak_flops: float,
-    memory_bytes_per_s: float,
-    tensor_parallel: int,
-    flops_efficiency: float,
-    memory_efficiency: float,
-    allreduce_bytes_per_s: float,
-    execution: Execution = Execution(),
-) -> IterationTimes:
-    """Times from peak rates, where nothing was measured; on the shipped table's knots, in bf16.
-
-    Rates are per GPU; ``allreduce_bytes_per_s`` is the bus bandwidth of a ring, and is not read at TP 1. Efficiencies
-    are the shares of the peaks that kernels reach.
-
-    Raises:
-        ValueError: A rate is not positive, or an efficiency is not in (0, 1].
-    """
-    _check_positive("tensor_parallel", tensor_parallel)
-    _check_positive("peak_flops", peak_flops)
-    _check_positive("memory_bytes_per_s", memory_bytes_per_s)
-    _check_share("flops_efficiency", flops_efficiency)
-    _check_share("memory_efficiency", memory_efficiency)
-    if tensor_parallel > 1:
-        _check_positive("allreduce_bytes_per_s", allreduce_bytes_per_s)
-    rates = _Rates(
-        flops_per_s=peak_flops * flops_efficiency * tensor_parallel,
-        bytes_per_s=memory_bytes_per_s * memory_efficiency * tensor_parallel,
-        allreduce_bytes_per_s=allreduce_bytes_per_s,
-        tensor_parallel=tensor_parallel,
-    )
-    decode = ((b, c, _roofline_decode_s(model, rates, b, c)) for b in BATCH_KNOTS for c in CONTEXT_KNOTS)
-    prefill = ((t, a, _roofline_prefill_s(model, rates, t, a)) for t in TOKEN_KNOTS for a in ATTENDED_KNOTS)
-    return IterationTimes(
-        Table.from_rows(decode),
-        Table.from_rows(prefill),
-        execution=execution,
-        source=(
-            f"roofline: {peak_flops:.4g} FLOP/s at {flops_efficiency:g}, "
-            f"{memory_bytes_per_s:.4g} B/s at {memory_efficiency:g}, TP {tensor_parallel}"
-        ),
-        status="assumed",
-    )
+def _shipped_rows(key: str) -> list[str]:
+    """The lines of one "model,GPU,degree", which stand together in the shipped file; parsing all would take a while."""
+    text = _shipped_text()
+    first, last = text.find(f"\n{key},"), text.rfind(f"\n{key},")
+    return [] if first < 0 else text[first + 1 : text.index("\n", last + 1)].split("\n")
 
 
-@dataclass(frozen=True)
-class _Rates:
-    """What the GPUs of one engine reach together, but for the all-reduce, which is per GPU."""
-
-    flops_per_s: float
-    bytes_per_s: float
-    allreduce_bytes_per_s: float
-    tensor_parallel: int
-
-
-def _roofline_decode_s(model: Model, rates: _Rates, batch: int, context: float) -> float:
-    kv_bytes = batch * context * model.kv_bytes_per_token()
-    attention_s = max(_attention_flops(model, batch, context) / rates.flops_per_s, kv_bytes / rates.bytes_per_s)
-    return _linear_s(model, rates, batch, logits=batch) + attention_s + _allreduce_s(model, rates, batch)
-
-
-def _roofline_prefill_s(model: Model, rates: _Rates, tokens: int, attended: float) -> float:
-    # As one request: its last token attends to attended + tokens / 2. Several read more, but then compute is the bound.
-    kv_bytes = (attended + tokens / 2) * model.kv_bytes_per_token()
-    attention_s = max(_attention_flops(model, tokens, attended) / rates.flops_per_s, kv_bytes / rates.bytes_per_s)
-    return _linear_s(model, rates, tokens, logits=1) + attention_s + _allreduce_s(model, rates, tokens)
-
-
-def _linear_s(model: Model, rates: _Rates, tokens: int, logits: int) -> float:
-    head = model.vocab * model.hidden
-    layers = model.parameters - head * (1 if model.tied_embeddings else 2)  # looking an embedding up costs nothing
-    flops = 2 * (layers * tokens + head * logits)
-    return max(flops / rates.flops_per_s, 2 * (layers + head) / rates.bytes_per_s)
-
-
-def _attention_flops(model: Model, tokens: float, attended: float) -> float:
-    return 4 * model.layers * model.heads * model.head_dim * tokens * attended  # scores and values, 2 FLOPs each
-
-
-def _allreduce_s(model: Model, rates: _Rates, tokens: int) -> float:
-    if rates.tensor_parallel == 1:
-        return 0.0
-    # Two a layer, after attention and feed-forward; a ring sends each byte 2 (n - 1) / n times.
-    message_bytes = 2 * tokens * model.hidden
-    ring = 2 * (rates.tensor_parallel - 1) / rates.tensor_parallel
-    return 2 * model.layers * message_bytes * ring / rates.allreduce_bytes_per_s
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}={value} must be above 0 and at most 1")
+@cache
+def _shipped_text() -> str:
+    return gzip.decompress(files("simrl.traces").joinpath("data/iteration_times.csv.gz").read_bytes()).decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -13,7 +14,8 @@ from importlib.resources import files
 class Model:
     """A dense decoder-only transformer with grouped-query attention and a gated feed-forward layer.
 
-    ``intermediate`` is the width of the feed-forward layer; ``max_context`` counts tokens.
+    ``intermediate`` is the width of the feed-forward layer; ``max_context`` counts tokens. ``layer_norms`` are norms of
+    a layer over its whole width; ``qk_norm`` adds one over each head of the queries and one over each of the keys.
     """
 
     name: str
@@ -28,6 +30,13 @@ class Model:
     qkv_bias: bool
     max_context: int
     source: str
+    qk_norm: bool = False
+    layer_norms: int = 2
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What decides how long an iteration takes: models of one shape have one table."""
+        return tuple(value for name, value in vars(self).items() if name not in ("name", "max_context", "source"))
 
     @property
     def parameters(self) -> int:
@@ -41,7 +50,7 @@ class Model:
         attention = self.hidden * (q_width + 2 * kv_width) + q_width * self.hidden
         biases = q_width + 2 * kv_width if self.qkv_bias else 0
         feed_forward = 3 * self.hidden * self.intermediate
-        norms = 2 * self.hidden
+        norms = self.layer_norms * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
         return attention + biases + feed_forward + norms
 
     def weight_bytes(self, bytes_per_parameter: int = 2) -> int:
@@ -58,13 +67,17 @@ def model_names() -> list[str]:
     return sorted(_models())
 
 
-def load_model(name: str) -> Model:
+def load_model(name: str, own: Mapping[str, Model] | None = None) -> Model:
     """Look a model up by its name in any case, such as ``Qwen2.5-7B``.
+
+    Args:
+        name: Of a shipped model, or of one of the user's.
+        own: The user's models, by name in lower case.
 
     Raises:
         ValueError: No such model; the message names the nearest one and all that are known.
     """
-    models = _models()
+    models = {**_models(), **(own or {})}
     model = models.get(name.lower())
     if model is None:
         near = difflib.get_close_matches(name.lower(), models, n=1)

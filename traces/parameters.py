@@ -6,9 +6,11 @@ import difflib
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
+
+from simrl.traces.models import Model, load_model
 
 NEVER_ZERO = ("B/s", "FLOP/s", "GPU", "core", "response", "token", "1")  # units of what is divided by
 SHARES = ("mfu", "efficiency", "utilization")
@@ -38,11 +40,20 @@ class Parameter:
     high: float | None = None
 
 
-class Parameters:
-    """The shipped parameter table under a user's overrides; remembers which entries were read."""
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a user adds to the shipped tables: parameters by key, models by name in lower case."""
 
-    def __init__(self, overrides: Mapping[str, Any] | None = None) -> None:
-        self._table = dict(shipped_parameters())
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    models: Mapping[str, Model] = field(default_factory=dict)
+
+
+class Parameters:
+    """The shipped parameter table, with what a user adds and overrides; remembers which entries were read."""
+
+    def __init__(self, overrides: Mapping[str, Any] | None = None, hardware: Hardware = Hardware()) -> None:
+        self._table = {**shipped_parameters(), **hardware.parameters}
+        self._models = hardware.models
         self._used: dict[str, Parameter] = {}
         for key, value in _flatten(overrides or {}):
             self._override(key, value)
@@ -56,14 +67,8 @@ class Parameters:
             value = float(value)
         if not isinstance(value, wanted):
             raise ValueError(f"cluster.parameters.{key}={value!r} must be a {wanted.__name__} ({shipped.unit})")
-        if isinstance(value, float) and not 0 <= value < float("inf"):
-            raise ValueError(
-                f"cluster.parameters.{key}={value!r} must be a finite number of at least 0 ({shipped.unit})"
-            )
-        if isinstance(value, float) and not value and shipped.unit in NEVER_ZERO:
-            raise ValueError(f"cluster.parameters.{key}=0 must be above 0 ({shipped.unit})")
-        if isinstance(value, float) and value > 1 and key.endswith(SHARES):
-            raise ValueError(f"cluster.parameters.{key}={value!r} must be at most 1: it is a share")
+        if isinstance(value, float):
+            check_number(f"cluster.parameters.{key}", value, shipped.unit)
         self._table[key] = set_by_user(shipped, value)
 
     def entry(self, key: str) -> Parameter:
@@ -84,9 +89,24 @@ class Parameters:
         """A parameter that names something."""
         return str(self.entry(key).value)
 
+    def model(self, name: str) -> Model:
+        """A shipped model or one of the user's, noted as used.
+
+        Raises:
+            ValueError: No such model.
+        """
+        model = load_model(name, self._models)
+        count = float(model.parameters)
+        self.note(Parameter(f"model.{model.name}.parameters", count, "parameter", "derived", model.source))
+        return model
+
     def note(self, parameter: Parameter) -> None:
         """Record a parameter that does not come from the table, so that it is listed with the run."""
         self._used[parameter.key] = parameter
+
+    def entries(self) -> list[Parameter]:
+        """The whole table; reading it notes nothing."""
+        return list(self._table.values())
 
     def names_in(self, section: str) -> list[str]:
         """Entries below a section, for instance the node types in "node"."""
@@ -95,6 +115,16 @@ class Parameters:
     def used(self) -> list[Parameter]:
         """Every parameter that was read or noted, by key."""
         return [self._used[key] for key in sorted(self._used)]
+
+
+def check_number(key: str, value: float, unit: str) -> None:
+    """Raise ValueError, naming *key*, unless *value* is possible in *unit*."""
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{key}={value!r} must be a finite number of at least 0 ({unit})")
+    if not value and unit in NEVER_ZERO:
+        raise ValueError(f"{key}=0 must be above 0 ({unit})")
+    if value > 1 and key.endswith(SHARES):
+        raise ValueError(f"{key}={value!r} must be at most 1: it is a share")
 
 
 def set_by_user(shipped: Parameter, value: float | bool | str) -> Parameter:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 HOLDING = ("busy", "idle", "cold")
 """States in which a function holds GPUs; one that is parked holds none."""
 STAGES = ("generation", "preparation", "learning", "weight_sync")
+LOST = "lost"
+"""State of a row that tells when a function was lost, at its one moment, or how long a node was, without a function."""
 NO_STAGE = "none"
 """GPU-seconds that serve no stage: starts, wakes, changes of role, and waiting for the first work after them."""
 
@@ -32,11 +34,13 @@ class Price:
         usd_per_hour: For a node or a GPU.
         per: Which of the two is sold.
         minimum_s: Shortest time that is billed.
+        date: When it was so, as in 2026-09-17 or 2026-09; empty where nobody says.
     """
 
     usd_per_hour: float
     per: str
     minimum_s: float
+    date: str = ""
 
     def __post_init__(self) -> None:
         if self.per not in ("node", "gpu"):
@@ -54,6 +58,7 @@ class Price:
             number(f"price.{name}.usd_per_hour"),
             parameters.name(f"price.{name}.per"),
             number(f"price.{name}.minimum_s"),
+            parameters.name(f"price.{name}.date"),
         )
 
 
@@ -87,7 +92,8 @@ def summarise(
     steps = phases[phases["stage"] == "step"]
     if steps.empty:
         raise ValueError("no step is finished: there is nothing to summarise")
-    gpu_s = float(leases.gpu_s.sum())
+    gpu_s, cost_usd = float(leases.gpu_s.sum()), _cost_usd(frames.workers, price)
+    response_tokens, lost = int(samples["response_tokens"].sum()), frames.workers[frames.workers["state"] == LOST]
     prefill = int(samples["prefill_tokens"].sum())
     return {
         "policy": policy,
@@ -96,7 +102,7 @@ def summarise(
         "gpus": gpus,
         "steps": len(steps),
         "responses": len(samples),
-        "response_tokens": int(samples["response_tokens"].sum()),
+        "response_tokens": response_tokens,
         "prompt_tokens": int(samples["prompt_tokens"].sum()),
         "simulated_s": float(steps["end_s"].max()),
         "step_s": _distribution(_durations(steps)),
@@ -105,9 +111,13 @@ def summarise(
         "gpu_s_per_step": gpu_s / len(steps),
         "gpu_s_paper": gpu_s - leases.warm_s(),
         "gpu_s_by": {"stage": leases.by_stage(), "state": leases.by_state()},
-        "cost_usd": _cost_usd(frames.workers, price),
+        "cost_usd": cost_usd,
+        "cost_usd_per_step": cost_usd / len(steps),
+        "cost_usd_per_million_response_tokens": 1e6 * cost_usd / response_tokens if response_tokens else None,
         "busy_fraction": leases.by_state()["busy"] / gpu_s if gpu_s else 0.0,
         "cold_starts": int((frames.decisions["decision"] == "Start").sum()),
+        "lost_functions": int((lost["function"] != "").sum()),
+        "lost_nodes": int((lost["function"] == "").sum()),
         "migrations": int(samples["migrations"].sum()),
         "prefill_tokens_computed": prefill,
         "prefill_tokens_saved": int(samples["prompt_tokens"].sum()) - prefill,
@@ -195,10 +205,23 @@ def _cost_usd(workers: pd.DataFrame, price: Price) -> float:
 
 
 def _node_seconds(workers: pd.DataFrame, price: Price) -> float:
-    """Node-seconds: from the first to the last interval on a node, parked ones too, as they live in its memory."""
-    by_node = workers.groupby("node")
-    held_s = (by_node["end_s"].max() - by_node["start_s"].min()).to_numpy(dtype=float)
-    return float(np.maximum(held_s, price.minimum_s).sum())
+    """Node-seconds: from the first to the last interval on a machine, parked ones too, as they live in its memory.
+
+    A node that was lost and has returned is another machine.
+    """
+    lost = workers["state"] == LOST
+    there, gone = workers[~lost], workers[lost & (workers["function"] == "")]
+    held_s = [_machine_seconds(rows, gone[gone["node"] == node]) for node, rows in there.groupby("node")]
+    return float(np.maximum(np.concatenate(held_s), price.minimum_s).sum())
+
+
+def _machine_seconds(intervals: pd.DataFrame, absences: pd.DataFrame) -> Seconds:
+    """How long each machine was used that stood in a node's place."""
+    lost_s = np.sort(absences["start_s"].to_numpy(dtype=float))
+    machine = np.searchsorted(lost_s, intervals["start_s"].to_numpy(dtype=float), side="right")
+    by_machine = intervals.groupby(machine)
+    seconds: Seconds = (by_machine["end_s"].max() - by_machine["start_s"].min()).to_numpy(dtype=float)
+    return seconds
 
 
 def _gpu_lease_seconds(workers: pd.DataFrame, price: Price) -> float:

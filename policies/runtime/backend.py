@@ -28,6 +28,8 @@ from simrl.policies.contract import (
     InvalidDecision,
     Learn,
     Migrate,
+    NodeReclaimed,
+    NodeReturned,
     Park,
     PolicyStalled,
     Prepare,
@@ -145,6 +147,7 @@ class ClusterBackend(ABC):
         self.planned_version: dict[str, int] = {}
         self._learned: dict[int, simpy.Event] = {}
         self._shards_placed = False
+        self._lost_learners = 0  # functions, not replaced
         self._next_step = 0
         self._idle_calls = self._frozen_calls = 0
         self._asked_at_s = -1.0
@@ -227,6 +230,8 @@ class ClusterBackend(ABC):
         unfinished = sum(step.unfinished for step in self.steps.values())
         unprepared = sum(step.unprepared for step in self.steps.values())
         shown = ", ".join(f"{count} {state}" for state, count in states.items() if state != "gone") or "none"
+        lost = [node.index for node in self.pool.nodes if node.condition == "lost"]
+        shown += f"; lost nodes: {_some(lost)}" if lost else ""
         return (
             f"policy stalled at {self.env.now:.1f} s in step {max(self.steps)}: {why};"
             f" {len(self.unassigned)} responses unassigned, {unfinished} unfinished, {unprepared} unprepared;"
@@ -403,9 +408,28 @@ class ClusterBackend(ABC):
         self.triggers.events.append(FunctionLost(name, responses))
         if learner:
             self._learner_gpus -= function.gpus
+            self._lost_learners += 1
             self._lose_learner()
         for gang in function.gangs:
             gang.leave(function)
+
+    def reclaim_node(self, node: int, at_s: float) -> None:
+        """A node will be lost at *at_s*: tell the policy."""
+        self.pool.reclaim(node)
+        self.triggers.events.append(NodeReclaimed(node, at_s))
+
+    def lose_node(self, node: int) -> list[str]:
+        """A node is lost at this moment; returns its functions, which are lost with it, those that wait for it too."""
+        self.pool.lose(node)
+        names = [name for name, f in self.functions.items() if f.state is not State.GONE and self._place(name) == node]
+        for name in names:
+            self.lose(name)
+        return names
+
+    def return_node(self, node: int) -> None:
+        """A machine stands in a lost node's place: tell the policy."""
+        self.pool.restore(node, self.gpus_per_node)
+        self.triggers.events.append(NodeReturned(node))
 
     def _lose_responses(self, function: ClusterFunction) -> tuple[int, ...]:
         """Take all responses off *function*; returns those that are unassigned again."""
@@ -570,10 +594,12 @@ class ClusterBackend(ABC):
             raise InvalidDecision(decision, f"roles {decision.roles!r}", f"one or more of {', '.join(ROLES)}")
         if decision.node is not None and not 0 <= decision.node < self.num_nodes:
             raise InvalidDecision(decision, f"there is no node {decision.node}", f"0 to {self.num_nodes - 1}")
-        if "learn" in decision.roles and self._shards_placed:
+        if "learn" in decision.roles and self._shards_placed and not self._lost_learners:
             raise InvalidDecision(
                 decision, "the learner's shards are placed", "roles without learn after the first Learn"
             )
+        if "learn" in decision.roles and self._lost_learners:
+            self._lost_learners -= 1
         self.functions[decision.function] = self.new_function(decision)
         self._learner_gpus += decision.gpus if "learn" in decision.roles else 0
         self._planned[decision.function] = "awake"
@@ -595,8 +621,7 @@ class ClusterBackend(ABC):
 
     def _place(self, name: str) -> int | None:
         """The node that a function is on or has asked for; None while the backend has not chosen one."""
-        function = self.functions[name]
-        return function.wanted_node if function.node is None else function.node
+        return self.functions[name].place()
 
     def _wake(self, decision: Wake) -> None:
         function = self._function(decision, decision.function)

@@ -241,6 +241,13 @@ class ClusterFunction(ABC):
 
     # --- decisions ---
 
+    def place(self) -> int | None:
+        """The node that it is on, was just granted GPUs of, or has asked for; None while any will do."""
+        if self.node is None and self._lease is not None and self._lease.triggered:
+            granted: Any = self._lease.value
+            return int(granted[0])
+        return self.wanted_node if self.node is None else self.node
+
     def serving(self) -> Serving:
         """The task that takes new responses: the one running or queued last, else a new one."""
         last = self._tasks[-1] if self._tasks else self._serving

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import simpy
 
+from simrl.policies.contract import NodeCondition
+
 Gpus = tuple[int, ...]  # indices of GPUs on one node
 
 
@@ -17,6 +19,7 @@ class NodeState:
 
     index: int
     free: list[int]
+    condition: NodeCondition = "up"
 
 
 @dataclass(slots=True)
@@ -25,6 +28,10 @@ class _Waiting:
     node: int | None
     same: Gpus | None
     granted: simpy.Event
+
+    def may_be_on(self, node: NodeState) -> bool:
+        """Whether GPUs of *node* would do."""
+        return node.condition == "up" if self.node is None else node.index == self.node
 
     def chosen(self, free: Sequence[int]) -> Gpus | None:
         """GPUs to grant, of those that are free; None when they do not suffice."""
@@ -36,7 +43,8 @@ class _Waiting:
 class GpuPool:
     """Leases of whole GPUs, all GPUs of a lease on one node, first come first served.
 
-    A request that waits holds up later ones for the nodes that it could be served by, and no others.
+    Nodes are packed: of those that have room the first is taken, and of its free GPUs the first. A request that waits
+    holds up later ones, smaller ones too, for the nodes that it could be served by, and no others.
     """
 
     def __init__(self, env: simpy.Environment, nodes: int, gpus_per_node: int) -> None:
@@ -54,6 +62,16 @@ class GpuPool:
         self._grant()
         return waiting.granted
 
+    def nodes_with_room(self, gpus: int) -> list[int]:
+        """Nodes that would grant a lease of *gpus* GPUs at once: enough are free, and nobody waits for them."""
+        return [
+            node.index
+            for node in self.nodes
+            if node.condition == "up"
+            and len(node.free) >= gpus
+            and not any(waiting.may_be_on(node) for waiting in self._queue)
+        ]
+
     def withdraw(self, lease: simpy.Event) -> None:
         """Forget a request, or end the lease if it is granted already."""
         if lease.triggered:
@@ -66,8 +84,26 @@ class GpuPool:
     def give_back(self, node: int, gpu_ids: Gpus) -> None:
         """End a lease."""
         state = self.nodes[node]
+        if state.condition == "lost":
+            return
         assert not set(gpu_ids) & set(state.free), "a GPU was given back twice"
         state.free = sorted([*state.free, *gpu_ids])
+        self._grant()
+
+    def reclaim(self, node: int) -> None:
+        """A node will be lost: it is not chosen any more where any would do."""
+        self.nodes[node].condition = "reclaimed"
+
+    def lose(self, node: int) -> None:
+        """A node is no longer there: nothing of it is granted before `restore`, and what is given back is not free."""
+        state = self.nodes[node]
+        state.condition, state.free = "lost", []
+
+    def restore(self, node: int, gpus: int) -> None:
+        """A lost node is there again, all of its GPUs free."""
+        state = self.nodes[node]
+        assert state.condition == "lost", "only a lost node is restored"
+        state.condition, state.free = "up", list(range(gpus))
         self._grant()
 
     def _grant(self) -> None:
@@ -75,7 +111,7 @@ class GpuPool:
         taken: set[int] = set()  # nodes that an earlier request waits for
         while self._queue:
             waiting = self._queue.popleft()
-            wanted = [n for n in self.nodes if waiting.node in (None, n.index) and n.index not in taken]
+            wanted = [n for n in self.nodes if waiting.may_be_on(n) and n.index not in taken]
             found = ((state, gpu_ids) for state in wanted if (gpu_ids := waiting.chosen(state.free)) is not None)
             state, gpu_ids = next(found, (None, ()))
             if state is None:

@@ -64,7 +64,8 @@ class View:
     def nodes(self) -> Sequence[Node]:
         """The cluster's machines."""
         backend = self._now()
-        return tuple(Node(node.index, backend.gpus_per_node, len(node.free)) for node in backend.pool.nodes)
+        nodes, gpus = backend.pool.nodes, backend.gpus_per_node
+        return tuple(Node(node.index, gpus, len(node.free), node.condition) for node in nodes)
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:

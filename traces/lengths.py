@@ -1,8 +1,9 @@
 """Prompt and response lengths: a fitted hierarchical model, drawn from named streams before any policy acts.
 
 ln L = mu + drift_per_epoch * epoch + prompt effect + sample effect, cut at the response cap, with a second mass of
-responses that never stop by themselves. Every draw is keyed by (epoch, prompt, sample) and by nothing else, so all
-policies, data set sizes and group sizes see the same responses.
+responses that never stop by themselves. The prompt effect is normal; the sample effect is of one of four families
+(`simrl.traces.families`). Every draw is keyed by (epoch, prompt, sample) and by nothing else, so all policies, data set
+sizes and group sizes see the same responses.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from simrl.traces.parameters import STATUSES, Parameter, did_you_mean
 from simrl.traces.streams import stream
 
 _PREFIX, _SUFFIX = "workload_", ".toml"
-_UNITS = {
+MIXTURE = "lognormal-mixture"
+FAMILIES = ("lognormal", "gamma", "weibull", MIXTURE)
+UNITS = {
     "mu": "ln token",
     "between_sd": "ln token",
     "within_sd": "ln token",
@@ -30,6 +33,9 @@ _UNITS = {
     "drift_per_epoch": "ln token",
     "template_tokens": "token",
 }
+MIXTURE_UNITS = {"second_share": "1", "second_offset": "ln token", "second_sd": "ln token"}
+_SHARES = ("cap_mass", "second_share")
+_NEVER_NEGATIVE = ("between_sd", "within_sd", "second_sd", "template_tokens")
 _FIELDS = ("value", "unit", "status", "source", "low", "high")
 
 
@@ -51,9 +57,10 @@ class LengthModel:
     """How long prompts and responses of a workload are.
 
     Attributes:
-        mu: Mean of ln response tokens in epoch 0.
+        mu: Mean of ln response tokens in epoch 0 (of a mixture: of its first component).
         between_sd: Standard deviation of the prompt effect, ln tokens; it stays with a prompt over all epochs.
-        within_sd: Standard deviation of the sample effect, ln tokens; drawn anew for every response.
+        within_sd: Standard deviation of the sample effect, ln tokens; drawn anew for every response. Of a mixture: of
+            its first component.
         cap_mass: Probability that a response repeats itself without end and runs to the cap, whatever the cap.
         drift_per_epoch: Change of mu from one epoch to the next.
         template_tokens: Chat template and instruction, added to every question.
@@ -61,6 +68,10 @@ class LengthModel:
         source: Where the model comes from.
         status: measured | derived | assumed, for the model as a whole.
         parameters: The same numbers with unit, source, status and 95 % interval or held range, for the run's record.
+        family: Of the sample effect: lognormal | gamma | weibull | lognormal-mixture.
+        second_share: Probability of a mixture's second component.
+        second_offset: Mean of a mixture's second component less that of its first, ln tokens.
+        second_sd: Standard deviation of a mixture's second component, ln tokens.
     """
 
     mu: float
@@ -73,16 +84,16 @@ class LengthModel:
     source: str
     status: str
     parameters: tuple[Parameter, ...] = ()
+    family: str = "lognormal"
+    second_share: float = 0.0
+    second_offset: float = 0.0
+    second_sd: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("mu", "between_sd", "within_sd", "cap_mass", "drift_per_epoch"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite")
-        for name in ("between_sd", "within_sd", "template_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= 0")
-        if not 0 <= self.cap_mass <= 1:
-            raise ValueError(f"cap_mass={self.cap_mass} must be a probability")
+        for name in (*UNITS, *MIXTURE_UNITS):
+            check_domain(name, getattr(self, name))
+        if self.family not in FAMILIES:
+            raise ValueError(f"family={self.family!r} must be one of {', '.join(FAMILIES)}")
         if not self.prompt_tokens or min(self.prompt_tokens) < 1:
             raise ValueError("prompt_tokens must hold at least one length, each >= 1")
         if self.status not in STATUSES:
@@ -117,12 +128,39 @@ class LengthModel:
 
     def _sample(self, seed: int, epoch: int, sample: int, level: NDArray[np.float64]) -> NDArray[np.float64]:
         """Uncut lengths of response number *sample* of every prompt; infinite for those that never stop."""
-        sample_effect = stream(seed, "sample effect", epoch, sample).standard_normal(level.size)
+        normal = stream(seed, "sample effect", epoch, sample).standard_normal(level.size)
         with np.errstate(over="ignore"):  # a length that overflows runs to the cap
-            tokens = np.maximum(np.rint(np.exp(level + self.within_sd * sample_effect)), 1.0)
+            tokens = np.maximum(np.rint(np.exp(level + self._effect(normal, seed, epoch, sample))), 1.0)
         # A stream of its own: drawn after the normals it would start where the data set's size puts it.
         never_stops = stream(seed, "never stops", epoch, sample).random(level.size) < self.cap_mass
         return np.where(never_stops, np.inf, tokens)
+
+    def _effect(self, normal: NDArray[np.float64], seed: int, epoch: int, sample: int) -> NDArray[np.float64]:
+        """The family's sample effects, from the same normals in every family."""
+        first = self.within_sd * normal
+        if self.family == MIXTURE:
+            chance = stream(seed, "sample component", epoch, sample).random(normal.size)
+            return np.where(chance < self.second_share, self.second_offset + self.second_sd * normal, first)
+        if self.family == "lognormal" or self.within_sd == 0:
+            return first
+        from simrl.traces import families  # scipy: only for those who need it
+
+        effect = families.gamma_effect if self.family == "gamma" else families.weibull_effect
+        return effect(normal, self.within_sd)
+
+
+def check_domain(name: str, value: float) -> None:
+    """Refuse what a parameter of a length model cannot be.
+
+    Raises:
+        ValueError: If the value is not finite, negative where it must not be, or no probability.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite")
+    if name in _NEVER_NEGATIVE and value < 0:
+        raise ValueError(f"{name}={value} must be >= 0")
+    if name in _SHARES and not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must be a probability")
 
 
 def prompts_of_step(seed: int, step: int, prompts_per_step: int, dataset_prompts: int) -> tuple[int, NDArray[np.int64]]:
@@ -175,16 +213,21 @@ def parse_workload(text: str, origin: str) -> LengthModel:
     """A length model from TOML text; *origin* names it in errors.
 
     Raises:
-        ValueError: If the text is not TOML, or a key is missing, unknown or of the wrong kind.
+        ValueError: If the text is not TOML, a key is missing, unknown or of the wrong kind, or a range does not hold
+            its value, reaches beyond what the parameter can be, or is missing of an assumed one.
     """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{origin}: not TOML: {error}") from None
-    _only(document, ("source", "status", "parameters", "prompt_tokens"), origin)
+    _only(document, ("source", "status", "family", "parameters", "prompt_tokens", "fit"), origin)
+    family = _text(document, "family", origin) if "family" in document else "lognormal"
+    if "fit" in document:
+        _table(document, "fit", origin)  # how the file was made: for readers, not for the model
     table = _table(document, "parameters", origin)
-    _only(table, tuple(_UNITS), origin, "parameters.")
-    parameters = {key: _parameter(table, key, origin) for key in _UNITS}
+    units = {**UNITS, **MIXTURE_UNITS} if family == MIXTURE else UNITS
+    _only(table, tuple(units), origin, "parameters.")
+    parameters = {key: _parameter(table, key, units[key], origin) for key in units}
     values = {key: float(parameter.value) for key, parameter in parameters.items()}
     template_tokens = values.pop("template_tokens")
     if not template_tokens.is_integer():
@@ -192,19 +235,41 @@ def parse_workload(text: str, origin: str) -> LengthModel:
     prompt_tokens = _prompt_tokens(document, origin)
     source, status = _text(document, "source", origin), _text(document, "status", origin)
     try:
-        return LengthModel(
+        model = LengthModel(
             **values,
             template_tokens=int(template_tokens),
             prompt_tokens=prompt_tokens,
             source=source,
             status=status,
             parameters=tuple(parameters.values()),
+            family=family,
         )
+        for parameter in parameters.values():
+            _check_range(parameter)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
+    return model
 
 
-def _parameter(table: Mapping[str, Any], key: str, origin: str) -> Parameter:
+def _check_range(parameter: Parameter) -> None:
+    name = parameter.key.removeprefix("workload.")
+    low, high, where = parameter.low, parameter.high, f"parameters.{name}"
+    if (low is None) != (high is None):
+        raise ValueError(f"{where} has {'low' if high is None else 'high'} alone; give both ends of the range, or none")
+    if low is None or high is None:
+        if parameter.status == "assumed":
+            raise ValueError(f"{where}.status='assumed' needs a range: low and high, in {parameter.unit}")
+        return
+    if not low <= float(parameter.value) <= high:
+        raise ValueError(f"{where}: low={low}, value={parameter.value}, high={high} must be in this order")
+    for end in (low, high):
+        try:
+            check_domain(name, end)
+        except ValueError as error:
+            raise ValueError(f"{where}, an end of its range: {error}") from None
+
+
+def _parameter(table: Mapping[str, Any], key: str, wanted_unit: str, origin: str) -> Parameter:
     entry, where = _table(table, key, origin, "parameters."), f"parameters.{key}."
     _only(entry, _FIELDS, origin, where)
     if "value" not in entry:
@@ -214,8 +279,8 @@ def _parameter(table: Mapping[str, Any], key: str, origin: str) -> Parameter:
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise ValueError(f"{origin}: {where}{field}={number!r} must be a finite number")
     unit, status = _text(entry, "unit", origin, where), _text(entry, "status", origin, where)
-    if unit != _UNITS[key]:
-        raise ValueError(f"{origin}: {where}unit={unit!r} must be {_UNITS[key]!r}")
+    if unit != wanted_unit:
+        raise ValueError(f"{origin}: {where}unit={unit!r} must be {wanted_unit!r}")
     if status not in STATUSES:
         raise ValueError(f"{origin}: {where}status={status!r} must be one of {', '.join(STATUSES)}")
     source = _text(entry, "source", origin, where)

@@ -1,0 +1,461 @@
+"""From measured lengths to a workload file: choose a form, judge it, write it.
+
+Forms are chosen by BIC over all responses. Beside it stands the log-likelihood of prompts that a fit has not seen, and
+what the fitted model draws, beside what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from simrl.traces.fit import FOLDS, FitError, Fitted, Form, Lengths, Likelihood, fit, within_variance
+from simrl.traces.length_tables import LengthTable
+from simrl.traces.lengths import FAMILIES, MIXTURE, MIXTURE_UNITS, UNITS, LengthModel, parse_workload
+from simrl.traces.parameters import Parameter
+from simrl.traces.streams import stream
+from simrl.traces.trace import check_output
+
+Floats = NDArray[np.float64]
+FAR = 10**9  # a cap that nothing reaches
+REPLICATES = 200
+# verl's logs (eric-haibin-lin/verl-data), Qwen2.5-0.5B PPO on GSM8K: the mean moves both ways from epoch to epoch.
+DRIFT_LOW, DRIFT_HIGH = -0.08, 0.03
+DRIFT_SOURCE = (
+    "no epochs in the data; range: eric-haibin-lin/verl-data, Qwen2.5-0.5B PPO, where the mean moves both ways"
+)
+# Masses at the cap of the shipped tables whose cap is far above ordinary responses: 0 to 0.03.
+UNKNOWN_MASS_HIGH = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Share of the variance of ln length that lies between prompts, as stated for data that cannot show it."""
+
+    value: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.value <= self.high < 1:
+            raise FitError(
+                f"between share: low={self.low}, value={self.value}, high={self.high} must be in this order, "
+                "above 0 and below 1 (--between-share VALUE,LOW,HIGH)"
+            )
+
+
+# The fits of the shipped tables with several responses a prompt: 0.45 (GSM8K in GRPO) to 0.90 (LiveCodeBench).
+ANY_TASK = Share(0.7, 0.45, 0.9)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen model and those beside it.
+
+    Attributes:
+        table: What was fitted.
+        best: By BIC, with intervals.
+        candidates: All forms, best first.
+        held_out: Ln likelihood of unseen prompts by family, each in its best form.
+        share: What was stated of the variance between prompts, where the data cannot show it.
+        ends: The chosen form at both ends of that statement.
+        drift_interval: Of the drift where epochs are known and BIC does without it.
+    """
+
+    table: LengthTable
+    best: Fitted
+    candidates: tuple[Fitted, ...]
+    held_out: Mapping[str, float]
+    share: Share | None
+    ends: tuple[Fitted, ...]
+    drift_interval: tuple[float, float] | None
+
+
+def choose(table: LengthTable, share: Share = ANY_TASK, on_fit: Callable[[int], None] | None = None) -> Choice:
+    """Fit every form that the data can show, and choose.
+
+    Args:
+        table: Measured lengths.
+        share: Taken where no prompt has two responses.
+        on_fit: Told how many forms are fitted.
+
+    Raises:
+        FitError: If the data determine no form.
+    """
+    lengths = table.lengths
+    stated = None if lengths.repeated else share
+    between = None if stated is None else stated.value
+    caps = (True, False) if lengths.truncated.any() else (False,)
+    drifts = (True, False) if lengths.epoch is not None else (False,)
+    candidates: list[Fitted] = []
+    for family in FAMILIES:
+        start = None
+        for cap, drift in product(caps, drifts):  # the fullest form first: the others start from it
+            found = fit(lengths, Form(family, cap, drift, between), start, intervals=False)
+            start = start or found.values
+            candidates.append(found)
+            if on_fit is not None:
+                on_fit(len(candidates))
+    candidates.sort(key=lambda found: found.bic)
+    best = _with_intervals(lengths, candidates)
+    by_family = {family: next(f for f in candidates if f.form.family == family) for family in FAMILIES}
+    held_out = {family: held_out_ln_likelihood(lengths, found) for family, found in by_family.items()}
+    ends: tuple[Fitted, ...] = ()
+    if stated is not None:
+        forms = [_of_share(best.form, end) for end in (stated.low, stated.high)]
+        ends = tuple(fit(lengths, form, best.values, intervals=False) for form in forms)
+    drift_interval = None
+    if len(drifts) == 2 and not best.form.drift:
+        wider = fit(lengths, Form(best.form.family, best.form.cap_mass, True, between), best.values)
+        assert wider.intervals is not None
+        drift_interval = wider.intervals["drift_per_epoch"]
+    return Choice(table, best, tuple(candidates), held_out, stated, ends, drift_interval)
+
+
+def _of_share(form: Form, share: float) -> Form:
+    return Form(form.family, form.cap_mass, form.drift, share)
+
+
+def _with_intervals(lengths: Lengths, candidates: Sequence[Fitted]) -> Fitted:
+    """The first candidate whose parameters the data determine."""
+    reasons = []
+    for candidate in candidates:
+        try:
+            return fit(lengths, candidate.form, candidate.values)
+        except FitError as error:
+            reasons.append(str(error))
+    raise FitError(reasons[0])
+
+
+def held_out_ln_likelihood(lengths: Lengths, found: Fitted, folds: int = FOLDS) -> float:
+    """Ln likelihood of all responses, each under a fit to the prompts of the other folds.
+
+    Where those folds hold no truncated response, half of one is taken for the mass at the cap, in every family alike.
+    """
+    numbers, row = np.unique(lengths.prompt, return_inverse=True)
+    fold = (stream(0, "held-out prompts").permutation(numbers.size) % min(folds, numbers.size))[row]
+    total = 0.0
+    for out in np.unique(fold):
+        seen = lengths.of(fold != out)
+        form = found.form
+        if form.cap_mass and not seen.truncated.any():
+            form = Form(form.family, False, form.drift, form.between_share)
+        values = dict(fit(seen, form, found.values, intervals=False).values)
+        if form != found.form:
+            values["cap_mass"] = 0.5 / seen.tokens.size
+        likelihood = Likelihood(lengths.of(fold == out), form)
+        likelihood.adapt(values)
+        total += likelihood(values)
+    return total
+
+
+def parameters_of(choice: Choice, template_tokens: int = 0) -> list[Parameter]:
+    """The rows of the workload file."""
+    best, lengths = choice.best, choice.table.lengths
+    source = f"maximum likelihood, {lengths.tokens.size} responses of {lengths.prompts} prompts: {choice.table.origin}"
+    units = {**UNITS, **(MIXTURE_UNITS if best.form.family == MIXTURE else {})}
+    rows = []
+    for name, unit in units.items():
+        if name == "template_tokens":
+            rows.append(_template(template_tokens))
+        elif name in best.form.names or name == "between_sd":
+            rows.append(_fitted(choice, name, unit, source))
+        else:
+            rows.append(_held_at_zero(choice, name, unit, source))
+    return rows
+
+
+def _fitted(choice: Choice, name: str, unit: str, source: str) -> Parameter:
+    best, share = choice.best, choice.share
+    value, status = best.values[name], "derived"
+    if share is not None and name.endswith("_sd"):
+        status = "assumed"
+        low, high = sorted(end.values[name] for end in choice.ends)
+        low, high = min(low, value), max(high, value)
+        source = (
+            f"total spread: {source}; one response a prompt, so the split is assumed: {share.value:g} of the variance "
+            f"between prompts, range {share.low:g} to {share.high:g}"
+        )
+    else:
+        assert best.intervals is not None
+        low, high = best.intervals[name]
+    return Parameter(f"workload.{name}", *_rounded(value, unit, status, source, low, high))
+
+
+def _rounded(
+    value: float, unit: str, status: str, source: str, low: float, high: float
+) -> tuple[float, str, str, str, float, float]:
+    return round(value, 5), unit, status, source, round(float(low), 5), round(float(high), 5)
+
+
+def _held_at_zero(choice: Choice, name: str, unit: str, source: str) -> Parameter:
+    """A mass at the cap or a drift that the chosen form does without."""
+    lengths = choice.table.lengths
+    if name == "drift_per_epoch":
+        if choice.drift_interval is None:
+            return Parameter(f"workload.{name}", 0.0, unit, "assumed", DRIFT_SOURCE, DRIFT_LOW, DRIFT_HIGH)
+        low, high = choice.drift_interval
+        why = f"BIC does without; interval of the form with it; {source}"
+        return Parameter(f"workload.{name}", *_rounded(0.0, unit, "derived", why, min(low, 0.0), max(high, 0.0)))
+    if not choice.table.truncation_known:
+        why = "nothing says which responses ran to the cap; range: masses of other tables"
+        return Parameter(f"workload.{name}", 0.0, unit, "assumed", why, 0.0, UNKNOWN_MASS_HIGH)
+    hits, trials = int(lengths.truncated.sum()), lengths.tokens.size
+    high = float(stats.beta.ppf(0.975, hits + 1, trials - hits))
+    why = f"{hits} of {trials} truncated, which BIC takes for long ones; high: all of them endless; {source}"
+    return Parameter(f"workload.{name}", *_rounded(0.0, unit, "derived", why, 0.0, high))
+
+
+def _template(tokens: int) -> Parameter:
+    if tokens == 0:
+        why = "prompt lengths are taken as they are"
+        return Parameter("workload.template_tokens", 0, UNITS["template_tokens"], "derived", why)
+    why = "stated with the fit; range: none to twice as long"
+    return Parameter("workload.template_tokens", tokens, UNITS["template_tokens"], "assumed", why, 0, 2 * tokens)
+
+
+def measured_beside_drawn(choice: Choice, model: LengthModel) -> list[dict[str, Any]]:
+    """Statistics of the data beside the mean and the 95 % range of data sets of the same shape drawn from the model."""
+    lengths, cap = choice.table.lengths, choice.table.cap or FAR
+    counts = np.unique(lengths.prompt, return_counts=True)[1]
+    drawn = [_statistics(*_draw(model, seed, counts, cap)) for seed in range(REPLICATES)]
+    measured = _statistics(np.minimum(_in_order(lengths), cap), np.repeat(np.arange(counts.size), counts))
+    return [
+        {
+            "what": name,
+            "measured": value,
+            "drawn": float(np.mean([d[name] for d in drawn])),
+            "low": float(np.quantile([d[name] for d in drawn], 0.025)),
+            "high": float(np.quantile([d[name] for d in drawn], 0.975)),
+        }
+        for name, value in measured.items()
+    ]
+
+
+def _in_order(lengths: Lengths) -> Floats:
+    return lengths.tokens[np.argsort(lengths.prompt, kind="stable")].astype(float)
+
+
+def _draw(model: LengthModel, seed: int, counts: NDArray[np.int64], cap: int) -> tuple[Floats, NDArray[np.int64]]:
+    tokens = model.response_lengths(seed, 0, counts.size, int(counts.max()), cap).tokens
+    kept = np.arange(counts.max()) < counts[:, None]
+    return tokens[kept].astype(float), np.repeat(np.arange(counts.size), counts)
+
+
+def _statistics(tokens: Floats, prompt: NDArray[np.int64]) -> dict[str, float]:
+    found = {"mean, tokens": float(tokens.mean())}
+    found |= {f"p{q}, tokens": float(np.quantile(tokens, q / 100)) for q in (10, 50, 90, 99)}
+    if np.unique(prompt).size < tokens.size:
+        starts = np.flatnonzero(np.diff(prompt, prepend=-1))
+        longest, mean = np.maximum.reduceat(tokens, starts), np.add.reduceat(tokens, starts) / np.bincount(prompt)
+        found["longest / mean of a prompt"] = float((longest / mean).mean())
+    return found
+
+
+HEADER = """\
+# Response lengths, written by `simrl trace fit`: change the fit, not this file. docs/workloads.md explains it.
+# ln L = mu + drift_per_epoch * epoch + prompt effect + sample effect, or the cap with probability cap_mass.
+# low and high: 95 % interval of a derived number, held range of an assumed one.
+"""
+
+
+def workload_toml(choice: Choice, template_tokens: int = 0, source: str = "") -> str:
+    """The workload file's text.
+
+    Args:
+        choice: What was fitted.
+        template_tokens: Of chat template and instruction, where the prompts' lengths do not hold them.
+        source: Where the table comes from, with its licence.
+
+    Raises:
+        FitError: If the table has no prompt lengths.
+    """
+    if not choice.table.prompt_tokens:
+        raise FitError(f"{choice.table.origin}: column prompt_tokens is missing: a workload needs prompt lengths")
+    rows = parameters_of(choice, template_tokens)
+    lengths = choice.table.lengths
+    told = f"{choice.table.origin}: {source}" if source else choice.table.origin
+    lines = [
+        HEADER,
+        f"source = {_text(told)}",
+        'status = "derived"',
+        f"family = {_text(choice.best.form.family)}",
+        "",
+        "[parameters]",
+        *(_row(row) for row in rows),
+        "",
+        "[fit]",
+        f"responses = {lengths.tokens.size}",
+        f"prompts = {lengths.prompts}",
+        f"truncated = {int(lengths.truncated.sum())}",
+        *([] if choice.table.cap is None else [f"cap = {choice.table.cap}"]),
+        f"notes = [{', '.join(_text(note) for note in notes_of(choice))}]",
+        "candidates = [  # by BIC; held-out: 5 folds of whole prompts, of each family's best form",
+        *(f"    {_inline(row)}," for row in candidate_rows(choice)),
+        "]",
+        "",
+        "[prompt_tokens]",
+        'unit = "token"',
+        'status = "measured"',
+        f"source = {_text(told)}",
+        "values = [",
+        *_wrapped(choice.table.prompt_tokens),
+        "]",
+    ]
+    text = "\n".join(lines) + "\n"
+    parse_workload(text, "the fitted workload")  # what is written can be read
+    return text
+
+
+def notes_of(choice: Choice) -> list[str]:
+    """What a reader of the fit has to know."""
+    notes = list(choice.table.notes)
+    if choice.share is not None:
+        s = choice.share
+        notes.append(
+            "one response a prompt: between and within cannot be told apart; assumed share between prompts "
+            f"{s.value:g} ({s.low:g} to {s.high:g})"
+        )
+    if choice.table.lengths.epoch is None:
+        notes.append("no epochs in the data: no drift fitted")
+    if choice.best != choice.candidates[0] and choice.best.form != choice.candidates[0].form:
+        notes.append(f"best by BIC was {described_form(choice.candidates[0].form)}, which the data do not determine")
+    return notes
+
+
+def described_form(form: Form) -> str:
+    """A form in words."""
+    return form.family + (" + cap mass" if form.cap_mass else "") + (" + drift" if form.drift else "")
+
+
+def candidate_rows(choice: Choice) -> list[dict[str, Any]]:
+    """The table of forms, best first."""
+    told: set[str] = set()
+    rows = []
+    for found in choice.candidates:
+        row = {
+            "form": described_form(found.form),
+            "parameters": len(found.form.names),
+            "ln_likelihood": round(found.ln_likelihood, 2),
+            "bic": round(found.bic, 2),
+        }
+        if found.form.family not in told:
+            row["held_out_ln_likelihood"] = round(choice.held_out[found.form.family], 2)
+            told.add(found.form.family)
+        rows.append(row)
+    return rows
+
+
+def between_share(values: Mapping[str, float]) -> float:
+    """Share of the variance of ln length that lies between prompts."""
+    between = values["between_sd"] ** 2
+    return between / (between + within_variance(values))
+
+
+def _row(p: Parameter) -> str:
+    held = "" if p.low is None else f"low = {p.low}, high = {p.high}, "
+    return (
+        f'{p.key.removeprefix("workload."):15} = {{ value = {p.value}, unit = "{p.unit}", status = "{p.status}", '
+        f"{held}source = {_text(p.source)} }}"
+    )
+
+
+def _text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes hold JSON's
+
+
+def _inline(row: Mapping[str, Any]) -> str:
+    return "{ " + ", ".join(f"{k} = {_text(v) if isinstance(v, str) else v}" for k, v in row.items()) + " }"
+
+
+def _wrapped(numbers: Sequence[int], per_line: int = 25) -> list[str]:
+    texts = [str(n) for n in numbers]
+    return ["    " + ", ".join(texts[i : i + per_line]) + "," for i in range(0, len(texts), per_line)]
+
+
+def plot(choice: Choice, model: LengthModel, path: Path) -> None:
+    """A QQ plot of the lengths against the fitted model, with the 95 % band of data sets of the same shape."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    lengths, cap = choice.table.lengths, choice.table.cap or FAR
+    counts = np.unique(lengths.prompt, return_counts=True)[1]
+    drawn = [_draw(model, seed, counts, cap)[0] for seed in range(REPLICATES)]
+    order = np.arange(1, lengths.tokens.size) / lengths.tokens.size
+    quantiles = np.array([np.quantile(d, order) for d in drawn])
+    middle = quantiles.mean(axis=0)
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(5.5, 5), layout="constrained")
+        axes = figure.add_subplot()
+        low, high = np.quantile(quantiles, [0.025, 0.975], axis=0)
+        axes.fill_between(middle, low, high, color="0.85", label="95 % of drawn data sets")
+        axes.plot(middle, middle, color="0.5", lw=0.8)
+        axes.plot(middle, np.quantile(np.minimum(lengths.tokens, cap), order), ".", ms=3, label="measured")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="quantile of the fitted model, tokens",
+            ylabel="measured quantile, tokens",
+        )
+        axes.set_title(f"{choice.table.origin}\n{described_form(choice.best.form)}", fontsize=9)
+        axes.legend(frameon=False, loc="upper left")
+        figure.savefig(path, format="png", dpi=150)
+
+
+def parse_share(text: str) -> Share:
+    """A share between prompts as "value,low,high".
+
+    Raises:
+        FitError: If it is none.
+    """
+    try:
+        value, low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise FitError(f"between share {text!r} must be three numbers: --between-share VALUE,LOW,HIGH") from None
+    return Share(value, low, high)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a workload file, by renaming when complete.
+
+    Raises:
+        TraceError: If the place cannot be written.
+    """
+    check_output(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def summary(choice: Choice, model: LengthModel) -> dict[str, Any]:
+    """What `simrl trace fit --json` prints."""
+    lengths = choice.table.lengths
+    assert all(math.isfinite(value) for value in choice.held_out.values())
+    return {
+        "origin": choice.table.origin,
+        "responses": int(lengths.tokens.size),
+        "prompts": lengths.prompts,
+        "truncated": int(lengths.truncated.sum()),
+        "cap": choice.table.cap,
+        "form": described_form(choice.best.form),
+        "between_share": round(between_share(choice.best.values), 4),
+        "parameters": {
+            p.key.removeprefix("workload."): {
+                "value": p.value, "low": p.low, "high": p.high, "unit": p.unit, "status": p.status
+            }
+            for p in model.parameters
+        },
+        "candidates": candidate_rows(choice),
+        "measured_beside_drawn": measured_beside_drawn(choice, model),
+        "notes": notes_of(choice),
+    }  # fmt: skip

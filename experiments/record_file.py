@@ -33,6 +33,7 @@ TEXTS = (
     "gpu_type_known",
     "engine",
     "train_engine",
+    "date",
     "source",
     "notes",
 )
@@ -146,6 +147,8 @@ def _record(fields: Mapping[str, str], where: str, number: int, log_before: str 
     cap = numbers.get("max_response_tokens")
     if longest is not None and cap is not None and longest > cap:
         raise ConfigError(f"{where}: response_max_tokens={longest:g} must be at most max_response_tokens={cap:g}")
+    if texts["date"] and not re.fullmatch(r"20\d\d(-[01]\d(-[0-3]\d)?)?", texts["date"]):
+        raise ConfigError(f"{where}: date={texts['date']!r} must be YYYY, YYYY-MM or YYYY-MM-DD, or empty")
     name = texts["record"] or f"record {number}"
     return Record(name, _log(texts, name, log_before), texts, numbers)
 

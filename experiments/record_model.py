@@ -39,6 +39,7 @@ MEAN_TOKENS_THINKING = 7000.0  # the same issue: Qwen3-4B
 MEAN_RANGE = (0.5, 2.5)  # held possible, as multiples of an assumed mean
 THINKING = re.compile(r"qwen3|qwq|-r1|thinking|distill", re.IGNORECASE)
 GRAPHS_SINCE_VLLM = (0, 10)  # vLLM of August 2025, when verl's default became CUDA graphs (verl pull request 2956)
+GRAPHS_SINCE_DATE = "2025-09"
 MINI_BATCHES = 4  # verl's GSM8K examples: 1024 prompts a step, 256 an update
 LORA_RANK = 32  # where a record says LoRA without a rank: verl's example scripts
 NODE_GPUS = 8  # most of an engine
@@ -55,6 +56,7 @@ UNITS = {
 }
 POOLED = "pooled"  # the class of a log whose own class has no other
 STAGE_OF = {"host_s_per_layer": "generation", "learn_flops_per_s": "update", "forward_flops_per_s": "log_probs"}
+MEAN_FROM = ("log_probs", "update")  # stages whose time tells an unknown mean length: they grow with tokens alone
 ROWS_A_LOG = 24  # of a long log, evenly spaced: enough to fit one constant
 
 
@@ -153,7 +155,7 @@ def setting_of(record: Record) -> Setting:
     prompt_tokens = record.numbers.get("prompt_mean_tokens")
     if prompt_tokens is None:  # nearly always: not worth a mark
         prompt_tokens = min(PROMPT_TOKENS, record.numbers.get("max_prompt_tokens", PROMPT_TOKENS))
-    engine_class = _engine_class(record.texts["engine"], assumed)
+    engine_class = _engine_class(record.texts["engine"], record.texts["date"], assumed)
     tensor_parallel = _tensor_parallel(record.texts["engine"], gpus, assumed)
     lora = re.search(r"lora\D{0,6}(\d*)", record.texts["train_engine"].lower())
     lora_rank = int(lora[1] or LORA_RANK) if lora else 0
@@ -192,7 +194,7 @@ def _model(record: Record, assumed: list[str]) -> str:
     return nearest
 
 
-def _engine_class(text: str, assumed: list[str]) -> str:
+def _engine_class(text: str, date: str, assumed: list[str]) -> str:
     """Eager or CUDA graphs, where the record does not say by what was the default then."""
     lower = text.lower()
     if "sglang" in lower:
@@ -203,9 +205,8 @@ def _engine_class(text: str, assumed: list[str]) -> str:
         return "vllm-eager"
     assumed.append("eager or graphs")
     version = re.search(r"vllm\D{0,2}(\d+)\.(\d+)", lower)
-    if "verl" not in lower or (version and (int(version[1]), int(version[2])) >= GRAPHS_SINCE_VLLM):
-        return "vllm-graphs"
-    return "vllm-eager"
+    newer = (int(version[1]), int(version[2])) >= GRAPHS_SINCE_VLLM if version else date >= GRAPHS_SINCE_DATE
+    return "vllm-graphs" if newer or "verl" not in lower else "vllm-eager"
 
 
 def _tensor_parallel(text: str, gpus: int, assumed: list[str]) -> int:
@@ -241,6 +242,33 @@ def with_mean(setting: Setting, factor: float) -> Setting:
         cap = math.inf if "max_response_tokens" in setting.assumed else setting.cap
         longest = round(min(cap, _expected_longest(mean, LENGTH_SD, setting.prompts * setting.samples)))
     return replace(setting, mean=min(mean, longest), longest=longest, cap=max(setting.cap, longest))
+
+
+def with_inferred_mean(setting: Setting, stage: str, constants: Constants) -> Setting:
+    """The setting with the mean length that meets the record's other stages, never *stage* itself.
+
+    Only where the mean is assumed and log-probs or updates are known; of both, the geometric mean.
+    """
+    if "response_mean_tokens" not in setting.assumed:
+        return setting
+    others = [other for other in MEAN_FROM if other != stage]
+    factors = [factor for other in others if (factor := _mean_factor(setting, other, constants)) is not None]
+    return with_mean(setting, statistics.geometric_mean(factors)) if factors else setting
+
+
+def _mean_factor(setting: Setting, stage: str, constants: Constants) -> float | None:
+    """What the assumed mean has to be multiplied with for *stage* to take what was measured; None if nothing does."""
+    measured_s = setting.record.seconds(stage)
+    if measured_s is None:
+        return None
+
+    def excess(log_factor: float) -> float:
+        return predict_s(with_mean(setting, math.exp(log_factor)), stage, constants) - measured_s
+
+    low, high = math.log(1 / setting.mean), math.log(setting.cap / setting.mean)
+    if not low < high or excess(low) * excess(high) > 0:
+        return None
+    return math.exp(float(brentq(excess, low, high, xtol=5e-3)))
 
 
 def _expected_longest(mean: float, sd: float, responses: int) -> float:

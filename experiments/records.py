@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from simrl.experiments.record_model import (
     setting_of,
     shipped_fit,
     try_setting,
+    with_inferred_mean,
     with_mean,
 )
 
@@ -167,12 +168,19 @@ def validate(records: Sequence[Record], shipped: Sequence[Record]) -> RecordVali
         fitted = fit(others) if same else shipped_fit()
         nulls = fit_nulls(others)
         steps = [r for r in shipped if r.log in same and r.step is not None and r.name not in {m.name for m in members}]
-        for record in (*members, *steps):
+        for record in (*(_dated(member, shipped) for member in members), *steps):
             try:
                 rows += _rows(record, log, fitted, nulls)
             except CannotPredict as reason:
                 skipped.append((record.name, str(reason)))
     return RecordValidation(tuple(rows), tuple(_within_logs(records)), tuple(skipped))
+
+
+def _dated(record: Record, shipped: Sequence[Record]) -> Record:
+    """A copy of a shipped record has its date, if it says none."""
+    dates = (r.texts["date"] for r in shipped if r.name == record.name or r.measured == record.measured)
+    date = record.texts["date"] or next(dates, "")
+    return replace(record, texts={**record.texts, "date": date})
 
 
 def _copies(records: Sequence[Record], shipped: Sequence[Record]) -> dict[str, set[str]]:
@@ -195,10 +203,11 @@ def _rows(record: Record, log: str, fitted: Fit, nulls: Nulls) -> Iterable[Row]:
     for stage in STAGES:
         real_s = record.seconds(stage)
         if real_s is not None:
-            tokens_s, longest_s = nulls.seconds(setting, stage)
+            likely = with_inferred_mean(setting, stage, constants)
+            tokens_s, longest_s = nulls.seconds(likely, stage)
             yield Row(
-                record.name, log, record.step, stage, real_s, predict_s(setting, stage, constants), tokens_s,
-                longest_s, known, held_out=True, assumed=setting.assumed, range_s=_range_s(setting, stage, constants),
+                record.name, log, record.step, stage, real_s, predict_s(likely, stage, constants), tokens_s,
+                longest_s, known, held_out=True, assumed=setting.assumed, range_s=_range_s(likely, stage, constants),
             )  # fmt: skip
 
 

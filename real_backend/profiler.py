@@ -95,11 +95,11 @@ class Extent:
         groups: Sizes of a round's batches, of a learner of up to two ranks; more ranks get more.
     """
 
-    replays: int = 7
+    replays: int = 5
     fitted_rounds: int = 2
     held_out_rounds: int = 1
-    moves: int = 4
-    syncs: int = 3
+    moves: int = 3
+    syncs: int = 2
     batches: int = 1
     groups: tuple[int, ...] = (1, 2, 5)
 

@@ -26,6 +26,8 @@ from simrl.experiments.record_model import (
     setting_of,
     shipped_fit,
     solve,
+    with_inferred_mean,
+    with_mean,
 )
 from simrl.experiments.records import RecordValidation, Row, validate
 from simrl.traces.models import load_model
@@ -158,6 +160,44 @@ def test_models_go_by_name_else_by_size(name: str, model: str) -> None:
 )  # fmt: skip
 def test_engine_classes(text: str, kind: str) -> None:
     assert setting(engine=text).engine_class == kind
+
+
+@pytest.mark.parametrize(
+    ("date", "engine", "kind"),
+    [
+        ("2025-07-17", "verl+vLLM", "vllm-eager"), ("2025-12", "verl+vLLM", "vllm-graphs"),
+        ("", "verl+vLLM", "vllm-eager"), ("2025-12", "verl+vLLM 0.8", "vllm-eager"),
+        ("2025-12", "verl+vLLM enforce_eager", "vllm-eager"),
+    ],
+)  # fmt: skip
+def test_a_date_tells_what_the_default_was(date: str, engine: str, kind: str) -> None:
+    (record,) = records(changed(engine=engine) + f",{date}", header=HEADER + ",date")
+    assert setting_of(record).engine_class == kind
+
+
+def test_a_date_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"file\.csv: line 2: date='last year' must be YYYY"):
+        records(changed() + ",last year", header=HEADER + ",date")
+
+
+@pytest.mark.parametrize("stage", ["generation", "log_probs", "update"])
+def test_an_unknown_mean_is_inferred_from_the_other_stages_alone(stage: str) -> None:
+    """Times are made from a mean of 700 tokens, which the record does not tell; the stage's own time is wrong."""
+    unknown = {"response_mean_tokens": "", "response_max_tokens": "", "max_response_tokens": 16384, "ref_s": ""}
+    drawn = with_mean(setting(**unknown), 0.7)
+    columns = {"generation": "gen_s", "log_probs": "old_log_prob_s", "update": "update_actor_s"}
+    constants = Constants(1.4e-3, 2.0, 1e14, 1.5e14)
+    times = {column: f"{predict_s(drawn, name, constants):.6g}" for name, column in columns.items()}
+    found = setting(**unknown, **times | {columns[stage]: 2 * float(times[columns[stage]])})
+    assert with_inferred_mean(found, stage, constants).mean == pytest.approx(700, rel=0.02)
+    other = "update" if stage == "log_probs" else "log_probs"
+    longer = setting(**unknown, **times | {columns[other]: 2 * float(times[columns[other]])})
+    assert with_inferred_mean(longer, stage, constants).mean > 900
+
+
+def test_a_mean_that_is_known_stays() -> None:
+    known = setting()
+    assert with_inferred_mean(known, "update", Constants(1.4e-3, 2.0, 1e14, 1.5e14)) is known
 
 
 def test_lengths_that_are_unknown_are_assumed_and_marked() -> None:

@@ -106,6 +106,9 @@ class Extent:
 
 QUICK = Extent(replays=3, fitted_rounds=2, held_out_rounds=1, moves=2, syncs=1, batches=1, groups=(1, 6))
 SHARE = 8  # responses that are scored together at most
+TURNS = (
+    4  # engines that take turns in replays: policies keep two to all busy, and the fewer, the warmer the core's caches
+)
 CUTS = ((4096, 4), (1024, 2))  # tokens of a micro-batch and prompts of an optimizer step, to tell what each takes
 
 
@@ -153,6 +156,7 @@ class Profiler:
         """Measure everything; the pool's hosts are idle again afterwards."""
         self.run_folder = self.hosts.new_run()
         self.engines = self._take_engines()
+        self.in_turn = self.engines[:TURNS]
         self.call_s = self._empty_call_s()
         self.start_scorer_s = max(self._on_all("load_scorer", self.settings.model, 0))
         self._warm_up()
@@ -221,8 +225,8 @@ class Profiler:
 
     def _probe(self) -> None:
         """The same work as it runs on either clock."""
-        virtual = self.player.probe(self.engines, "virtual")
-        (wall,) = self.player.probe(self.engines, "wall")
+        virtual = self.player.probe(self.in_turn, "virtual")
+        (wall,) = self.player.probe(self.in_turn, "wall")
         self.between_s.append((wall.wall_s - wall.seconds) / len(wall.iterations))
         seconds = {"virtual": mean_s(virtual), "wall": wall.seconds}
         here = seconds.pop(self.clock)
@@ -234,7 +238,7 @@ class Profiler:
         rng = stream(self.seed, "replay", index)
         workloads = [draw_workload(rng, "stream" if i % 2 else "burst") for i in range(self.extent.replays)]
         began_s = self._now_s()
-        played = self.player.play(self.engines, workloads)
+        played = self.player.play(self.in_turn, workloads)
         at_s = (began_s + self._now_s()) / 2
         self.replays += [(held_out, at_s, *pair) for pair in zip(workloads, played, strict=True)]
 
@@ -347,7 +351,7 @@ class Profiler:
             },
             device=self.settings.device,
             clock=self.clock,
-            engines=len(self.engines),
+            engines=len(self.in_turn),
             machine=machine(self.settings.device),
             software=software(),
             model=profiled_model(self.model_name, self.settings),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simrl.traces.trace import LEARNING, PREPARATION, Provenance, Trace, TraceError, read_trace
+from simrl.traces.trace import LEARNING, PREPARATION, Provenance, Trace, read_trace, whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -294,13 +293,8 @@ def draw(trace: Trace, path: Path) -> None:
     _draw_length_over_steps(axes[0, 1], trace)
     _draw_stages(axes[1, 0], trace)
     _draw_epochs(axes[1, 1], trace)
-    hidden = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        figure.savefig(hidden, format="png", dpi=120)
-        hidden.replace(path)
-    except OSError as error:
-        hidden.unlink(missing_ok=True)
-        raise TraceError(f"output {str(path)!r} cannot be written: {error.strerror} (--output)") from None
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _draw_lengths(axes: Axes, trace: Trace) -> None:

@@ -34,7 +34,7 @@ class Replacements:
         lost = lost_functions(observation)
         self.names.update(dict.fromkeys(lost))
         self.absent.update(dict.fromkeys(lost))
-        up = nodes_that_are_up(observation)
+        up = nodes_that_are_up(observation) if self.absent else set()
         self.started = tuple(name for name in self.absent if self.starts[name].node in up)
         left = (name for name in self.starts if name not in self.absent or name in self.started)
         if lost and not any("learn" in self.starts[name].roles for name in left):

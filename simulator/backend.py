@@ -56,7 +56,7 @@ class SimulatedBackend(ClusterBackend):
         """Begin the job at time 0 with an empty cluster and an empty record."""
         view = super().reset()
         self.network = Network(self.env, self.num_nodes, self.costs.node.nic_bytes_per_s, self.costs.store_bytes_per_s)
-        self.weight_sync = WeightSync(self.network, self.costs, self.options.weight_sync)
+        self.weight_sync = WeightSync(self.network, self.costs.movement, self.options.weight_sync)
         self.keep_alive = KeepAlive(self.env, self.options.keep_alive_s, self.recorder)
         if self.faults is not None:
             self.faults.begin(self)
@@ -105,10 +105,10 @@ class SimulatedBackend(ClusterBackend):
         assert isinstance(function, SimFunction)
         world, engine = function.learner_world(), function.engine
         try:
-            self.costs.check_fit(function.gpus, function.roles, world)
+            self.costs.memory.check_fit(function.gpus, function.roles, world)
         except DoesNotFit as error:
             return str(error), "what fits on its GPUs"
-        if engine is not None and engine.kv_blocks > self.costs.kv_blocks(function.gpus, world):
+        if engine is not None and engine.kv_blocks > self.costs.memory.kv_blocks(function.gpus, world):
             reason = f"{function.name!r} has KV where its larger share of the learner's state would be"
             return reason, "releasing learners before the engines of others have started"
         return None
@@ -116,7 +116,7 @@ class SimulatedBackend(ClusterBackend):
     def parked_bytes(self, function: ClusterFunction) -> tuple[float, float]:
         """What stays of a parked function in host memory, and the host memory of a node."""
         assert isinstance(function, SimFunction)
-        here = self.costs.resident_bytes(function.gpus, function.roles, function.learner_world())
+        here = self.costs.memory.resident_bytes(function.gpus, function.roles, function.learner_world())
         return function.gpus * here, self.costs.node.host_memory_bytes
 
     def learn_work(self, functions: Sequence[ClusterFunction], state: StepState) -> Callable[[], simpy.Event]:
@@ -126,7 +126,7 @@ class SimulatedBackend(ClusterBackend):
 
         def begin() -> simpy.Event:  # all are there, so that their nodes are known
             nodes = {function.node for function in functions}
-            seconds = self.costs.learn_s(tokens, gpus, len(nodes))
+            seconds = self.costs.learning.learn_s(tokens, gpus, len(nodes))
             return self.env.timeout(seconds * max(map(self.slowness, nodes)))
 
         return begin
@@ -145,8 +145,7 @@ class SimulatedBackend(ClusterBackend):
 
     def host_room(self, node: int) -> float:
         """Host memory that parked functions leave for kept processes on *node*."""
-        parked = sum(size for name, size in self._parked_bytes.items() if self._place(name) == node)
-        return self.costs.node.host_memory_bytes - parked
+        return self.costs.node.host_memory_bytes - self.parked_on(node)
 
     def make_host_room(self, function: SimFunction) -> None:
         """End kept processes on the node of a function that is being parked, as far as it needs their memory."""

@@ -386,18 +386,14 @@ class Engine(Generic[R]):
         if self._unhashed < 0:
             self._evict()
 
-    def _blocks_missing(self, request: R, tokens: int) -> int:
-        """Blocks still to take so that *request* can hold *tokens*."""
-        assert request._prompt is not None, "a running request has blocks"
-        return self._blocks(tokens) - request._prompt.blocks - request._own_blocks
-
     def _prefill_growth(self) -> int:
         """Blocks that the next chunk of a prefill under way takes; there is one at most, as it takes all the budget."""
-        if not self._prefilling:
-            return 0
-        budget = self.max_batched_tokens - len(self._finishes)
-        ends = ((r, min(r.known_tokens, r.kv_tokens + budget)) for r in self._prefilling.values())
-        return sum(self._blocks_missing(request, end) for request, end in ends)
+        blocks, budget = 0, self.max_batched_tokens - len(self._finishes)
+        for request in self._prefilling.values():
+            assert request._prompt is not None, "a running request has blocks"
+            end = min(request.known_tokens, request.kv_tokens + budget)
+            blocks += self._blocks(end) - request._prompt.blocks - request._own_blocks
+        return blocks
 
     def _mixed_seconds(self) -> float:
         tokens, attended = 0, 0.0

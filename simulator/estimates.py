@@ -41,32 +41,36 @@ class ProfiledEstimates:
 
     def kv_tokens(self, gpus: int, roles: tuple[Role, ...]) -> int:
         """Tokens whose KV fits in a function's engine."""
-        return self._costs.kv_blocks(gpus, self._learners(roles)) * self._costs.block_tokens
+        return self._costs.memory.kv_blocks(gpus, self._learners(roles)) * self._costs.block_tokens
 
     def transfer_s(self, tokens: int, gpus: int, *, same_node: bool) -> float:
-        """Sending the KV of *tokens* tokens between functions of *gpus* GPUs over an unloaded link."""
-        return self._costs.transfer_s(tokens, gpus, same_node=same_node)
+        """Sending KV between functions of *gpus* GPUs, alone: by each GPU's link, or by host links and NIC."""
+        node = self._costs.node
+        between = min(gpus * node.host_bytes_per_s, node.nic_bytes_per_s)
+        return self._costs.movement.kv_load(tokens).alone_s(gpus * node.link_bytes_per_s if same_node else between)
 
     def start_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
         """Expected cold start on a node that has the weights on disk."""
-        return sum(self._costs.start_phases(gpus, roles, cached=True).values())
+        return sum(self._costs.movement.start_phases(gpus, roles, cached=True).values())
 
     def park_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
         """Moving a function to host memory."""
-        return self._costs.park_s(gpus, roles, self._learners(roles))
+        load = self._costs.movement.park_load(gpus, roles, self._learners(roles))
+        return load.alone_s(gpus * self._costs.node.host_bytes_per_s)
 
     def wake_s(self, gpus: int, roles: tuple[Role, ...]) -> float:
         """Bringing a parked function back."""
-        return self._costs.wake_s(gpus, roles, self._learners(roles))
+        load = self._costs.movement.wake_load(gpus, roles, self._learners(roles))
+        return load.alone_s(gpus * self._costs.node.host_bytes_per_s)
 
     def prepare_s(self, tokens: int, gpus: int) -> float:
         """Preparation of responses with *tokens* tokens on *gpus* GPUs in all."""
-        return self._costs.prepare_s(self._responses(tokens, 1), gpus)
+        return self._costs.learning.prepare_s(self._responses(tokens, 1), gpus)
 
     def learn_s(self, tokens: int, gpus: int) -> float:
         """Learning on *tokens* tokens, evenly spread over *gpus* GPUs in all."""
         nodes = -(-gpus // self._costs.node.gpus)
-        return self._costs.learn_s(self._responses(tokens, gpus), gpus, nodes)
+        return self._costs.learning.learn_s(self._responses(tokens, gpus), gpus, nodes)
 
     def _responses(self, tokens: int, ranks: int) -> list[int]:
         """*tokens* as equal responses, about a quarter as long as allowed, as many for each of *ranks*."""
@@ -75,5 +79,11 @@ class ProfiledEstimates:
         return [-(-tokens // count)] * count
 
     def sync_s(self, gpus: int) -> float:
-        """Sending new weights to functions of *gpus* GPUs."""
-        return self._costs.sync_s(gpus, self._costs.nodes)
+        """New weights into colocated engines of *gpus* GPUs each, on all nodes, alone.
+
+        Every GPU takes in its share of the weights, every node's NIC what its learners do not hold.
+        """
+        node, crossing = self._costs.node, 1 - 1 / self._costs.nodes
+        load = self._costs.movement.sync_load("in place", gpus, rebuilt=False, crossing=crossing)
+        rate = gpus * node.link_bytes_per_s
+        return load.alone_s(min(rate, node.nic_bytes_per_s / crossing) if crossing else rate)

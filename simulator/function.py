@@ -58,7 +58,7 @@ class SimFunction(ClusterFunction):
     def start_up(self) -> Process:
         """Go on with a kept process, or start one."""
         assert self.node is not None
-        if self.cluster.keep_alive.take(self.node, self.gpus, self.roles):
+        if self.cluster.keep_alive.take(self.name, self.node, self.gpus, self.roles):
             wake = self.wake_work()
             if wake is not None:
                 yield wake
@@ -73,17 +73,17 @@ class SimFunction(ClusterFunction):
             rng = stream(self.cluster.seed, "start", self.name, "image")
             yield self._pull("image", node, self._drawn("image", rng))
         rng = stream(self.cluster.seed, "start", self.name)
-        for phase, seconds in self.cluster.costs.start_phases(self.gpus, self.roles, cached=False).items():
+        for phase, seconds in self.cluster.costs.movement.start_phases(self.gpus, self.roles, cached=False).items():
             factor = self._drawn(phase, rng)
             yield self._pull(phase, node, factor) if phase in PULLS else self.cluster.env.timeout(seconds * factor)
 
     def _pull(self, phase: str, node: int, factor: float) -> simpy.Event:
-        load = self.cluster.costs.pull_load(PULLS[phase])
+        load = self.cluster.costs.movement.pull_load(PULLS[phase])
         return self.cluster.network.pull(phase, node, load.times(factor))
 
     def _drawn(self, phase: str, rng: np.random.Generator) -> float:
         """A phase's time as a multiple of what is expected: lognormal, with a mean of 1."""
-        spread = self.cluster.costs.start_spread(phase)
+        spread = self.cluster.costs.movement.start_spread(phase)
         return float(rng.lognormal(-(spread**2) / 2, spread))
 
     def _times(self) -> IterationTimes:
@@ -95,7 +95,7 @@ class SimFunction(ClusterFunction):
         costs = self.cluster.costs
         return Engine(
             times=self._times(),
-            kv_blocks=costs.kv_blocks(self.gpus, self.learner_world()),
+            kv_blocks=costs.memory.kv_blocks(self.gpus, self.learner_world()),
             max_num_seqs=costs.max_num_seqs,
             max_batched_tokens=costs.max_batched_tokens,
             prefix_caching=costs.prefix_caching,
@@ -104,18 +104,18 @@ class SimFunction(ClusterFunction):
 
     def switch(self, role: Role) -> simpy.Event | None:
         """Sleep or wake the engine, move the learner's state if it is kept in host memory."""
-        load = self.cluster.costs.switch_load(self.role, role, self.gpus, self.learner_world())
+        load = self.cluster.costs.movement.switch_load(self.role, role, self.gpus, self.learner_world())
         return self._move(load, self.links.to_host if role in ("prefill", "decode") else self.links.from_host)
 
     def park_work(self) -> simpy.Event | None:
         """GPU to host memory, where kept processes make room."""
         self.cluster.make_host_room(self)
-        load = self.cluster.costs.park_load(self.gpus, self.roles, self.learner_world())
+        load = self.cluster.costs.movement.park_load(self.gpus, self.roles, self.learner_world())
         return self._move(load, self.links.to_host)
 
     def wake_work(self) -> simpy.Event | None:
         """Host memory to GPU."""
-        load = self.cluster.costs.wake_load(self.gpus, self.roles, self.learner_world())
+        load = self.cluster.costs.movement.wake_load(self.gpus, self.roles, self.learner_world())
         return self._move(load, self.links.from_host)
 
     def release(self) -> Process:
@@ -128,12 +128,9 @@ class SimFunction(ClusterFunction):
         yield from super().release()
         if keep:
             assert self.node is not None
-            host_bytes = self.gpus * self.cluster.costs.resident_bytes(self.gpus, self.roles, None)
+            host_bytes = self.gpus * self.cluster.costs.memory.resident_bytes(self.gpus, self.roles, None)
             kept = Kept(self.name, self.node, self.gpus, frozenset(self.roles), host_bytes, self.cluster.env.now)
             self.cluster.keep_alive.keep(kept, self.cluster.host_room(self.node))
-
-    def end(self) -> None:
-        """Nothing is left to do."""
 
     def break_down(self) -> set[int]:
         """Responses leave the engine with the tokens of the iterations that are over."""
@@ -252,7 +249,7 @@ class SimFunction(ClusterFunction):
         assert isinstance(target, SimFunction)
         assert self.node is not None
         assert target.node is not None
-        load = self.cluster.costs.kv_load(kv_tokens)
+        load = self.cluster.costs.movement.kv_load(kv_tokens)
         yield self.cluster.network.send(load, (self.node, self.links), (target.node, target.links))
 
     def prefill(self, groups: Sequence[Sequence[Rollout]]) -> simpy.Event:
@@ -277,7 +274,7 @@ class SimFunction(ClusterFunction):
     def prepare_work(self, rollouts: Sequence[Rollout], *, loaded: bool) -> simpy.Event:
         """Log-probs, values and rewards."""
         tokens = [rollout.prompt_tokens + rollout.generated for rollout in rollouts]
-        seconds = self.cluster.costs.prepare_s(tokens, self.gpus, loaded=loaded)
+        seconds = self.cluster.costs.learning.prepare_s(tokens, self.gpus, loaded=loaded)
         return self.cluster.env.timeout(seconds * self.cluster.slowness(self.node))
 
     # --- what it reports ---

@@ -9,6 +9,7 @@ import simpy
 
 from simrl.policies.contract import Role
 from simrl.traces.records import Recorder
+from simrl.traces.summary import KEPT_FOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class KeepAlive:
     Args:
         env: The clock.
         keep_s: How long one waits before it ends; 0 keeps none.
-        recorder: Gets an interval for each, named after its function with " (kept)".
+        recorder: Gets an interval for each, named after its function with " (kept)" or " (kept for b)", if b woke it.
     """
 
     def __init__(self, env: simpy.Environment, keep_s: float, recorder: Recorder) -> None:
@@ -51,11 +52,11 @@ class KeepAlive:
             self.make_room(kept.node, room_bytes - kept.host_bytes)
             self._kept.append(kept)
 
-    def take(self, node: int, gpus: int, roles: Sequence[Role]) -> bool:
-        """Whether a process of this kind waits on *node*; the newest of them is kept no longer."""
+    def take(self, function: str, node: int, gpus: int, roles: Sequence[Role]) -> bool:
+        """Whether a process of this kind waits on *node*; *function* goes on with the newest of them."""
         found = [kept for kept in self._waiting(gpus, roles) if kept.node == node]
         if found:
-            self._end(found[-1], self._env.now)
+            self._end(found[-1], self._env.now, f"{KEPT_FOR}{function})")
         return bool(found)
 
     def nodes(self, gpus: int, roles: Sequence[Role]) -> set[int]:
@@ -84,8 +85,8 @@ class KeepAlive:
             if kept.since_s + self.keep_s <= self._env.now:
                 self._end(kept, kept.since_s + self.keep_s)
 
-    def _end(self, kept: Kept, end_s: float) -> None:
+    def _end(self, kept: Kept, end_s: float, how: str = " (kept)") -> None:
         self._kept.remove(kept)
-        if end_s > kept.since_s:
-            name = f"{kept.name} (kept)"
-            self._recorder.workers.append((name, kept.node, kept.gpus, "", "parked", None, None, kept.since_s, end_s))
+        row = (kept.name + how, kept.node, kept.gpus, "", "parked", None, None, kept.since_s, end_s)
+        if end_s > kept.since_s or how.startswith(KEPT_FOR):
+            self._recorder.workers.append(row)

@@ -117,10 +117,6 @@ class Memory:
         terms["their logits"] = self._logits_bytes(self.model, tokens) / shards
         return terms
 
-    def learning_bytes(self, world: int) -> float:
-        """What a GPU holds while it learns."""
-        return sum(self.learning_terms(world).values())
-
     def preparing_terms(self, gpus: int, learner_world: int | None) -> dict[str, float]:
         """What a GPU holds while it prepares: one model in bf16, forward passes, beside the learner's state."""
         models = [(self.model, True)]
@@ -136,10 +132,6 @@ class Memory:
             shared["gathered layers"] = 2.0 * (_root_parameters(model) + 2 * _layer_parameters(model))
         shared[f"activations of {tokens} tokens"] = 2.0 * tokens * layer_activation_values(model)
         return shared | ({"their logits": self._logits_bytes(model, tokens)} if head else {})
-
-    def preparing_bytes(self, gpus: int, learner_world: int | None) -> float:
-        """What a GPU holds while it prepares."""
-        return sum(self.preparing_terms(gpus, learner_world).values())
 
     def _micro_batch_tokens(self) -> int:
         """Tokens of the largest micro-batch; a response that is longer than the limit has one of its own."""

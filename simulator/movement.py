@@ -1,4 +1,4 @@
-"""What has to move for KV, weights, parking and cold starts, and how long it takes alone: pure arithmetic.
+"""What has to move for KV, weights, parking and cold starts: pure arithmetic.
 
 Equations are in docs/model.md, section "Movement". Who shares which link with whom is the network's business.
 """
@@ -42,23 +42,11 @@ class Movement:
         """The KV of *kv_tokens* tokens."""
         return Load(self._number("network.latency_s"), kv_tokens * self.memory.kv_token_bytes)
 
-    def transfer_s(self, kv_tokens: int, gpus: int, *, same_node: bool) -> float:
-        """KV between functions of *gpus* GPUs alone: by each GPU's link, or by host links and NIC."""
-        between = min(gpus * self.node.host_bytes_per_s, self.node.nic_bytes_per_s)
-        return self.kv_load(kv_tokens).alone_s(gpus * self.node.link_bytes_per_s if same_node else between)
-
     # --- parking, waking, changing role: over the host links of a function's GPUs ---
 
-    def _over_host_s(self, load: Load, gpus: int) -> float:
-        return load.alone_s(gpus * self.node.host_bytes_per_s)
-
-    def park_load(self, gpus: int, learner_world: int | None) -> Load:
+    def park_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
         """GPU to host. Engine weights have a host copy already (vLLM's sleep mode), the learner's state moves."""
         return Load(self._number("switch.engine_sleep_s"), gpus * self.memory.idle_state_bytes(learner_world))
-
-    def park_s(self, gpus: int, learner_world: int | None) -> float:
-        """Parking, alone."""
-        return self._over_host_s(self.park_load(gpus, learner_world), gpus)
 
     def wake_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
         """Host to GPU: engine weights and the learner's state."""
@@ -66,10 +54,6 @@ class Movement:
         # The measured wake-up of small models includes their weights.
         fixed_s = max(self._number("switch.engine_wake_s") - weights / self.node.host_bytes_per_s, 0.0)
         return Load(fixed_s, gpus * (weights + self.memory.idle_state_bytes(learner_world)))
-
-    def wake_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
-        """Waking, alone."""
-        return self._over_host_s(self.wake_load(gpus, roles, learner_world), gpus)
 
     def switch_load(self, old: Role | None, new: Role, gpus: int, learner_world: int | None) -> Load:
         """Changing the awake role. Prefill and decode share an engine, prepare and learn a trainer.
@@ -85,10 +69,6 @@ class Movement:
         if engine_before == engine_after:
             return Load(0.0)
         return Load(self._number("switch.engine_wake_s" if engine_after else "switch.engine_sleep_s"), offloaded)
-
-    def switch_s(self, old: Role | None, new: Role, learner_world: int | None) -> float:
-        """Changing the awake role, alone; the same for any number of GPUs, as each has its link."""
-        return self._over_host_s(self.switch_load(old, new, 1, learner_world), 1)
 
     # --- weights ---
 
@@ -109,16 +89,6 @@ class Movement:
             fixed_s += self._number("switch.communicator_s") + ranks * self._number("switch.communicator_rank_s")
         limit = self._number("switch.sync_bytes_per_s") / crossing if crossing else math.inf
         return Load(fixed_s, weights, limit)
-
-    def sync_s(self, gpus: int, nodes: int) -> float:
-        """New weights into colocated engines of *gpus* GPUs each, spread over *nodes* nodes, alone.
-
-        Every GPU takes in its share of the weights, every node's NIC what its learners do not hold.
-        """
-        crossing = 1 - 1 / nodes
-        load = self.sync_load("in place", gpus, rebuilt=False, crossing=crossing)
-        rate = gpus * self.node.link_bytes_per_s
-        return load.alone_s(min(rate, self.node.nic_bytes_per_s / crossing) if crossing else rate)
 
     # --- cold starts ---
 
@@ -141,6 +111,6 @@ class Movement:
             phases["warm_up"] = self._number("start.warm_up_s")
         return phases
 
-    def start_spread(self, phase: str) -> float:
+    def start_spread(self, phase: str = "") -> float:
         """Standard deviation of ln of a phase's seconds."""
         return self._number("start.pull_spread" if phase in PULLS else "start.spread")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -47,33 +46,39 @@ class Link:
     """One direction of a wire, or of all wires of a function's GPUs together."""
 
     bytes_per_s: float
-    flows: dict[Flow, None] = field(default_factory=dict)
+    bundles: dict[Bundle, None] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
-class Flow:
-    """Bytes under way.
+class Bundle:
+    """Flows over the same links: fair rates are the same for all of them, so they are looked at together.
 
     Attributes:
-        links: What it goes over, with the bytes that pass there for each of its own.
-        done: Fires when the last byte has arrived.
-        left_bytes: Not moved yet, as of *since_s*.
-        rate: Bytes a second from then on.
-        finish_s: When it is over if nothing changes.
+        links: What each goes over, with the bytes that pass there for each of its own.
+        since_s: When it last went over to another rate.
+        moved_bytes: Of a flow that was there from the first, as of then.
+        rate: Bytes a second of each flow from then on.
+        ends: A heap: `moved_bytes` when a flow is over, its number, the event that fires then.
+        finish_s: When the next one is over if nothing changes.
     """
 
     links: Mapping[Link, float]
-    done: simpy.Event
-    left_bytes: float
     since_s: float
+    moved_bytes: float = 0.0
     rate: float = 0.0
+    ends: list[tuple[float, int, simpy.Event]] = field(default_factory=list)
     finish_s: float = math.inf
 
     def pace(self, rate: float, now_s: float) -> None:
         """Go on at another rate."""
-        self.left_bytes = max(self.left_bytes - self.rate * (now_s - self.since_s), 0.0)
+        self.moved_bytes += self.rate * (now_s - self.since_s)
         self.since_s, self.rate = now_s, rate
-        self.finish_s = now_s + self.left_bytes / rate
+        self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Reckon when the next flow is over."""
+        moving = self.ends and self.rate
+        self.finish_s = self.since_s + max(self.ends[0][0] - self.moved_bytes, 0.0) / self.rate if moving else math.inf
 
 
 @dataclass(slots=True)
@@ -119,8 +124,9 @@ class Network:
         self.env = env
         self.nodes = [NodeLinks(Link(nic_bytes_per_s), Link(nic_bytes_per_s)) for _ in range(nodes)]
         self.store_reads, self.store_writes = Link(store_bytes_per_s), Link(store_bytes_per_s)
+        self._bundles: dict[tuple[tuple[Link, float], ...], Bundle] = {}
         self._changed: dict[Link, None] = {}  # since rates were last shared out
-        self._due: list[tuple[float, int, Flow]] = []  # a heap; what no longer holds is passed over
+        self._due: list[tuple[float, int, Bundle]] = []  # a heap; what no longer holds is passed over
         self._order = itertools.count()
         self._timer_s = math.inf  # the next look at `_due`
 
@@ -158,17 +164,26 @@ class Network:
         return pulled[what]
 
     def _begin(self, size_bytes: float, links: Mapping[Link, float], done: simpy.Event) -> None:
-        flow = Flow(links, done, size_bytes, self.env.now)
+        bundle = self._bundles.setdefault(tuple(links.items()), Bundle(links, self.env.now))
+        bundle.pace(0.0, self.env.now)  # until rates are shared out, at this moment
+        heapq.heappush(bundle.ends, (bundle.moved_bytes + size_bytes, next(self._order), done))
         for link in links:
-            link.flows[flow] = None
+            link.bundles[bundle] = None
         self._change(links)
 
-    def _end(self, flow: Flow) -> None:
-        for link in flow.links:
-            del link.flows[flow]
-        flow.finish_s = math.inf
-        flow.done.succeed()
-        self._change(flow.links)
+    def _end(self, bundle: Bundle) -> None:
+        heapq.heappop(bundle.ends)[2].succeed()
+        bundle.look_ahead()
+        if bundle.ends:
+            self._await(bundle)
+        else:
+            del self._bundles[tuple(bundle.links.items())]
+            for link in bundle.links:
+                del link.bundles[bundle]
+        self._change(bundle.links)
+
+    def _await(self, bundle: Bundle) -> None:
+        heapq.heappush(self._due, (bundle.finish_s, next(self._order), bundle))
 
     def _change(self, links: Iterable[Link]) -> None:
         """Share these links out anew, once for all that begins or ends at this moment."""
@@ -178,11 +193,11 @@ class Network:
 
     def _share_out(self) -> None:
         now_s = self.env.now
-        flows, self._changed = _connected(self._changed), {}
-        for flow, rate in fair_rates(flows).items():
-            if rate != flow.rate:
-                flow.pace(rate, now_s)
-                heapq.heappush(self._due, (flow.finish_s, next(self._order), flow))
+        bundles, self._changed = _connected(self._changed), {}
+        for bundle, rate in fair_rates(bundles).items():
+            if rate != bundle.rate:
+                bundle.pace(rate, now_s)
+                self._await(bundle)
         self._set_timer()
 
     def _set_timer(self) -> None:
@@ -195,9 +210,9 @@ class Network:
     def _look(self, due_s: float) -> None:
         """End what is over by now; a timer that was set too early, or twice, finds nothing."""
         while self._due and self._due[0][0] <= due_s * (1 + SAME_MOMENT):
-            finish_s, _, flow = heapq.heappop(self._due)
-            if finish_s == flow.finish_s:
-                self._end(flow)
+            finish_s, _, bundle = heapq.heappop(self._due)
+            if finish_s == bundle.finish_s:
+                self._end(bundle)
         if due_s == self._timer_s:
             self._timer_s = math.inf
             self._set_timer()
@@ -208,46 +223,50 @@ def _then(event: simpy.Event, act: Callable[[], None]) -> None:
     event.callbacks.append(lambda _: act())
 
 
-def _connected(links: Iterable[Link]) -> list[Flow]:
+def _connected(links: Iterable[Link]) -> list[Bundle]:
     """Flows over *links*, over the links of those flows, and so on."""
-    seen, flows = dict.fromkeys(links), dict[Flow, None]()
+    seen, bundles = dict.fromkeys(links), dict[Bundle, None]()
     waiting = list(seen)
     while waiting:
-        for flow in waiting.pop().flows:
-            if flow not in flows:
-                flows[flow] = None
-                for link in flow.links:
+        for bundle in waiting.pop().bundles:
+            if bundle not in bundles:
+                bundles[bundle] = None
+                for link in bundle.links:
                     if link not in seen:
                         seen[link] = None
                         waiting.append(link)
-    return list(flows)
+    return list(bundles)
 
 
-def fair_rates(flows: Iterable[Flow]) -> dict[Flow, float]:
+def fair_rates(bundles: Iterable[Bundle]) -> dict[Bundle, float]:
     """Max-min fair rates by progressive filling: all grow alike until a link is full, whose flows then stay.
 
-    *flows* are all that go over any of their links. Bertsekas and Gallager, Data Networks, section 6.5.2.
+    *bundles* are all that go over any of their links. Bertsekas and Gallager, Data Networks, section 6.5.2.
     """
-    growing = dict.fromkeys(flows)
-    free: dict[Link, float] = {}  # capacity that flows with a rate leave
-    wanted: dict[Link, float] = {}  # bytes over the link for one byte of every growing flow
-    users: Counter[Link] = Counter()  # growing flows
-    for flow in growing:
-        for link, share in flow.links.items():
-            free.setdefault(link, link.bytes_per_s)
-            wanted[link] = wanted.get(link, 0.0) + share
-            users[link] += 1
-    rates: dict[Flow, float] = {}
+    growing = dict.fromkeys(bundles)
+    # Of each link: capacity that flows with a rate leave, bytes for one byte of every growing flow, growing bundles.
+    usage: dict[Link, list[float]] = {}
+    for bundle in growing:
+        flows = len(bundle.ends)
+        for link, share in bundle.links.items():
+            used = usage.get(link)
+            if used is None:
+                usage[link] = used = [link.bytes_per_s, 0.0, 0]
+            used[1] += share * flows
+            used[2] += 1
+    rates: dict[Bundle, float] = {}
     while growing:
-        full = min(wanted, key=lambda link: free[link] / wanted[link])
-        level = free[full] / wanted[full]
-        for flow in [flow for flow in full.flows if flow in growing]:
-            rates[flow] = level
-            del growing[flow]
-            for link, share in flow.links.items():
-                free[link] -= share * level
-                wanted[link] -= share
-                users[link] -= 1
-                if not users[link]:
-                    del wanted[link]
+        full, (free, wanted, _) = min(usage.items(), key=lambda item: item[1][0] / item[1][1])
+        level = free / wanted
+        for bundle in [bundle for bundle in full.bundles if bundle in growing]:
+            rates[bundle] = level
+            del growing[bundle]
+            flows = len(bundle.ends)
+            for link, share in bundle.links.items():
+                used = usage[link]
+                used[0] -= share * flows * level
+                used[1] -= share * flows
+                used[2] -= 1
+                if not used[2]:
+                    del usage[link]
     return rates

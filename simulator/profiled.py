@@ -77,6 +77,7 @@ class ProfiledCosts:
         self._kv_fixed_s = self._read("kv.fixed_s", kv.save.fixed_s + kv.load.fixed_s, "s, save and load")
         self._kv_token_s = self._read("kv.token_s", kv.save.token_s + kv.load.token_s, "s a token, save and load")
         self.node = self._node(gpus_per_node)
+        self.memory = self.learning = self.movement = self  # parts of `Costs`; here all of them read the profile
         self.times = functools.cache(self._times)
         self._flat_batch = functools.cache(self._compute_flat_batch)
 
@@ -210,9 +211,9 @@ class ProfiledCosts:
         self._read(f"learner.for_{world}_ranks", learner.world, "ranks of the learner that stands for it")
         return learner
 
-    # --- movement ---
+    # --- movement: through files and processes of one machine: what is measured passes, and no link is shared ---
 
-    def sync_s(self, gpus: int, nodes: int) -> float:
+    def sync_load(self, way: SyncWay, ranks: int, *, rebuilt: bool, crossing: float) -> Load:
         """The learner writes its weights, then every engine takes them in."""
         learner = self._learner(self._gpus)
         key = f"learner.{learner.world}.export"
@@ -220,34 +221,12 @@ class ProfiledCosts:
             export_s = self._median(f"{key}_cpu_s", learner.export_cpu_s)
         else:
             export_s = self._median(f"{key}_s", learner.export_s)
-        return export_s + self._median("load_weights_s", self.profile.load_weights_s)
-
-    def transfer_s(self, kv_tokens: int, gpus: int, *, same_node: bool) -> float:
-        """KV into files by one engine and out of them by another, whole blocks of one response; nodes share files."""
-        whole = kv_tokens // self.block_tokens * self.block_tokens
-        return self._kv_fixed_s + self._kv_token_s * whole
-
-    # Everything goes through files and processes of one machine: what is measured passes, and no link is shared.
+        return Load(export_s + self._median("load_weights_s", self.profile.load_weights_s))
 
     def kv_load(self, kv_tokens: int) -> Load:
-        """KV from one function to another."""
-        return Load(self.transfer_s(kv_tokens, 1, same_node=True))
-
-    def sync_load(self, way: SyncWay, ranks: int, *, rebuilt: bool, crossing: float) -> Load:
-        """New weights into engines."""
-        return Load(self.sync_s(1, self.nodes))
-
-    def park_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
-        """GPU to host."""
-        return Load(self.park_s(gpus, roles, learner_world))
-
-    def wake_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
-        """Host to GPU."""
-        return Load(self.wake_s(gpus, roles, learner_world))
-
-    def switch_load(self, old: Role | None, new: Role, gpus: int, learner_world: int | None) -> Load:
-        """Changing the awake role."""
-        return Load(self.switch_s(old, new, learner_world))
+        """KV into files by one engine and out of them by another, whole blocks of one response; nodes share files."""
+        whole = kv_tokens // self.block_tokens * self.block_tokens
+        return Load(self._kv_fixed_s + self._kv_token_s * whole)
 
     def pull_load(self, what: Pull) -> Load:
         """Model and programs are on the machine."""
@@ -259,22 +238,22 @@ class ProfiledCosts:
         learner = TRAINED_BYTES * self.profile.model.parameters / learner_world if learner_world is not None else 0.0
         return engine + learner
 
-    def park_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
+    def park_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
         """The engine gives its memory back; a learner's state stays where it is."""
-        return self._median("park_s", self.profile.park_s) if set(roles) - {"learn"} else 0.0
+        return Load(self._median("park_s", self.profile.park_s) if set(roles) - {"learn"} else 0.0)
 
-    def wake_s(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> float:
+    def wake_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
         """The engine gets it again."""
-        return self._median("wake_s", self.profile.wake_s) if set(roles) - {"learn"} else 0.0
+        return Load(self._median("wake_s", self.profile.wake_s) if set(roles) - {"learn"} else 0.0)
 
-    def switch_s(self, old: Role | None, new: Role, learner_world: int | None) -> float:
+    def switch_load(self, old: Role | None, new: Role, gpus: int, learner_world: int | None) -> Load:
         """The engine sleeps while its function prepares or learns."""
         if old is None:  # after a start or a wake
-            return self.park_s(1, (new,), learner_world) if new == "prepare" else 0.0
+            return self.park_load(gpus, (new,), learner_world) if new == "prepare" else Load(0.0)
         engine_before, engine_after = (role in ("prefill", "decode") for role in (old, new))
         if engine_before == engine_after:
-            return 0.0
-        return self.wake_s(1, (new,), learner_world) if engine_after else self.park_s(1, (old,), learner_world)
+            return Load(0.0)
+        return self.wake_load(gpus, (new,), None) if engine_after else self.park_load(gpus, (old,), None)
 
     # --- starts ---
 

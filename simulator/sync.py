@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import simpy
 
 from simrl.policies.runtime.function import Process
-from simrl.simulator.costs import CostModel
 from simrl.simulator.function import SimFunction
-from simrl.simulator.movement import SyncWay
+from simrl.simulator.movement import Movement, SyncWay
 from simrl.simulator.network import Link, Load, Network
+
+if TYPE_CHECKING:
+    from simrl.simulator.profiled import ProfiledCosts
 
 Edge = tuple[int, int, float]
 """From one node to another, and how much of a copy of the weights."""
@@ -28,12 +30,14 @@ class WeightSync:
 
     Args:
         network: Its links.
-        costs: What there is to move.
+        movement: What there is to move.
         way: How they get to engines that do not learn.
     """
 
-    def __init__(self, network: Network, costs: CostModel, way: Literal["nccl", "object-store"]) -> None:
-        self._network, self._costs, self._way = network, costs, way
+    def __init__(
+        self, network: Network, movement: Movement | ProfiledCosts, way: Literal["nccl", "object-store"]
+    ) -> None:
+        self._network, self._movement, self._way = network, movement, way
         self._communicator: frozenset[SimFunction] = frozenset()
 
     def begin(self, behind: Sequence[SimFunction], learners: Sequence[SimFunction]) -> simpy.Event:
@@ -58,7 +62,7 @@ class WeightSync:
         edges = ring(held_by_node(learners), {_node(function) for function in takers})
         crossing = max((share for _, _, share in edges), default=0.0)
         ranks = sum(function.gpus for function in members)
-        load = self._costs.sync_load(way, ranks, rebuilt=rebuilt, crossing=crossing)
+        load = self._movement.sync_load(way, ranks, rebuilt=rebuilt, crossing=crossing)
         links = dict.fromkeys((function.links.arrive for function in takers), 1.0)
         links |= {function.links.leave: share for function, share in _shares(learners).items()}
         for sender, receiver, share in edges:
@@ -66,7 +70,7 @@ class WeightSync:
         return self._network.move(load, links)
 
     def _through_store(self, takers: Sequence[SimFunction], learners: Sequence[SimFunction]) -> Process:
-        load = self._costs.sync_load("object-store", 0, rebuilt=False, crossing=1.0)
+        load = self._movement.sync_load("object-store", 0, rebuilt=False, crossing=1.0)
         held, nodes = held_by_node(learners), self._network.nodes
         links: dict[Link, float] = {self._network.store_writes: 1.0}
         links |= {nodes[node].sends: share for node, share in held.items()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from simrl.policies.contract import Role
 from simrl.policies.runtime.steps import StepWork
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.costs import Costs, NodeType
+from simrl.simulator.estimates import ProfiledEstimates
 from simrl.traces.job import Engine, Job
 from simrl.traces.parameters import Parameters
 from simrl.traces.records import Recorder
@@ -50,6 +52,16 @@ def make_costs(
 ) -> Costs:
     table = Parameters(parameters)
     return Costs(job, engine or Engine(tensor_parallel=1), NodeType.load(node_type, table), nodes, table)
+
+
+def estimates(costs: Costs, learner_world: int | None = None) -> ProfiledEstimates:
+    """What things take alone."""
+    return ProfiledEstimates(costs, learner_world, 0.0)
+
+
+def switch_s(costs: Costs, old: Role | None, new: Role, learner_world: int | None) -> float:
+    """A change of role, alone; the same for any number of GPUs, as each has its link."""
+    return costs.movement.switch_load(old, new, 1, learner_world).alone_s(costs.node.host_bytes_per_s)
 
 
 def make_job(steps: Sequence[Lengths], **options: Any) -> Job:

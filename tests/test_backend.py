@@ -120,15 +120,15 @@ class Watch:
         if function.role in ("prefill", "decode"):
             needs = costs.memory.engine_bytes(function.gpus, world)
         elif function.role == "prepare":
-            needs = costs.memory.preparing_bytes(function.gpus, world)
+            needs = sum(costs.memory.preparing_terms(function.gpus, world).values())
         elif function.role == "learn":
             assert world is not None
-            needs = costs.memory.learning_bytes(world)
+            needs = sum(costs.memory.learning_terms(world).values())
         else:
-            needs = costs.resident_bytes(function.gpus, function.roles, world)
+            needs = costs.memory.resident_bytes(function.gpus, function.roles, world)
         if function.role in ("prepare", "learn"):
             assert not kv_blocks, f"{function.name} does {function.role}, but its engine has not given up its KV"
-        needs += kv_blocks * 16 * costs.kv_token_bytes / function.gpus
+        needs += kv_blocks * 16 * costs.memory.kv_token_bytes / function.gpus
         assert needs <= costs.node.gpu_memory_bytes
 
 
@@ -301,7 +301,7 @@ def test_whoever_looks_in_mid_generation_sees_each_completion(what: str, monkeyp
         return LOOKS[what](backend, observation)
 
     costs = make_costs(make_job([LENGTHS]), parameters=EXACT_STARTS)
-    started_s = sum(costs.start_phases(1, COLOCATED, cached=False).values())
+    started_s = sum(costs.movement.start_phases(1, COLOCATED, cached=False).values())
     decode_s = costs.times(1).decode_s(8, 30)
     for iterations in (0.5, 12.3, 20.7, 33.1):
         time_s = started_s + costs.times(1).prefill_s(160, 10) + iterations * decode_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
-from clusters import EXACT_STARTS, Lengths, make_backend, make_costs, make_job
+from clusters import EXACT_STARTS, Lengths, estimates, make_backend, make_costs, make_job, switch_s
 
 from simrl.policies.contract import (
     STAGES,
@@ -74,11 +74,11 @@ def make(steps: Sequence[Lengths], nodes: int = 1, **options: object) -> Costs:
 
 def broadcast_s(costs: Costs, ranks: int) -> float:
     """The first broadcast inside a node, to engines of one GPU: its communicator has to be built."""
-    return 1.4 + 0.084 * ranks + 0.005 + costs.weight_bytes / 25e9
+    return 1.4 + 0.084 * ranks + 0.005 + costs.memory.weight_bytes / 25e9
 
 
 def start_s(costs: Costs, gpus: int = 1, *, cached: bool = False) -> float:
-    return sum(costs.start_phases(gpus, COLOCATED, cached=cached).values())
+    return sum(costs.movement.start_phases(gpus, COLOCATED, cached=cached).values())
 
 
 def test_a_function_takes_each_stage_in_turn() -> None:
@@ -95,14 +95,14 @@ def test_a_function_takes_each_stage_in_turn() -> None:
     }
     times = costs.times(1)
     started_s = start_s(costs)
-    awake_s = started_s + costs.switch_s(None, "decode", 1)
+    awake_s = started_s + switch_s(costs, None, "decode", 1)
     generated_s = awake_s + times.prefill_s(20, 10) + times.decode_s(1, 21) + times.decode_s(1, 22)
-    prepared_s = generated_s + costs.switch_s("decode", "prepare", 1) + costs.prepare_s([23], 1)
-    learned_s = prepared_s + costs.learn_s([23], 1, 1)
-    synced_s = learned_s + costs.switch_s("learn", "decode", 1) + costs.sync_s(1, 1)
+    prepared_s = generated_s + switch_s(costs, "decode", "prepare", 1) + costs.learning.prepare_s([23], 1)
+    learned_s = prepared_s + costs.learning.learn_s([23], 1, 1)
+    synced_s = learned_s + switch_s(costs, "learn", "decode", 1) + estimates(costs).sync_s(1)
     generated_1_s = synced_s + times.prefill_s(20, 10) + times.decode_s(1, 21)
-    prepared_1_s = generated_1_s + costs.switch_s("decode", "prepare", 1) + costs.prepare_s([22], 1)
-    learned_1_s = prepared_1_s + costs.learn_s([22], 1, 1)
+    prepared_1_s = generated_1_s + switch_s(costs, "decode", "prepare", 1) + costs.learning.prepare_s([22], 1)
+    learned_1_s = prepared_1_s + costs.learning.learn_s([22], 1, 1)
     happened, recorder = tell(costs, steps, script)
     expected = [
         ("step 0", 0), ("a started", started_s),
@@ -132,7 +132,7 @@ def test_a_second_function_of_a_node_finds_the_weights_on_its_disk() -> None:
         "preparation 0": [Learn(("a",))],
     }
     first_s = start_s(costs)
-    download_s = costs.start_phases(1, COLOCATED, cached=False)["download"]
+    download_s = costs.movement.start_phases(1, COLOCATED, cached=False)["download"]
     # b waits for the download that a began, then loads half the weights to each of its GPUs.
     expected = {"a started": first_s, "b started": download_s + start_s(costs, 2, cached=True)}
     expected["c started"] = first_s + start_s(costs, cached=True)
@@ -152,9 +152,9 @@ def test_a_parked_function_gives_its_gpus_to_another_and_waits_for_them() -> Non
         "generation 0": [Prepare(("a",), (0,))],
         "preparation 0": [Learn(("a",))],
     }
-    parked_s = start_s(costs, 8) + costs.park_s(8, COLOCATED, 8)
+    parked_s = start_s(costs, 8) + estimates(costs, 8).park_s(8, COLOCATED)
     b_s = parked_s + start_s(costs, 8, cached=True)
-    woken_s = b_s + costs.wake_s(8, COLOCATED, 8)
+    woken_s = b_s + estimates(costs, 8).wake_s(8, COLOCATED)
     happened, recorder = tell(costs, steps, script)
     assert dict(happened)["b started"] == pytest.approx(b_s, rel=1e-12)
     assert dict(happened)["a woken"] == pytest.approx(woken_s, rel=1e-12)
@@ -167,9 +167,11 @@ def test_a_parked_function_gives_its_gpus_to_another_and_waits_for_them() -> Non
 def test_the_learners_state_is_moved_to_the_host_and_back() -> None:
     costs = make([[[1]]])
     state_bytes = 12 * 494_032_768
-    assert costs.park_s(1, COLOCATED, 1) == pytest.approx(1.5 + state_bytes / 25e9, rel=1e-3)
-    assert costs.wake_s(1, COLOCATED, 1) == pytest.approx(0.4 + state_bytes / 25e9, rel=1e-3)  # weights: .04 s
-    assert costs.park_s(1, ("decode",), None) == 1.5
+    assert estimates(costs, 1).park_s(1, COLOCATED) == pytest.approx(1.5 + state_bytes / 25e9, rel=1e-3)
+    assert estimates(costs, 1).wake_s(1, COLOCATED) == pytest.approx(
+        0.4 + state_bytes / 25e9, rel=1e-3
+    )  # weights: .04 s
+    assert estimates(costs).park_s(1, ("decode",)) == 1.5
 
 
 def test_a_response_leaves_at_the_end_of_its_iteration_and_goes_on_where_its_kv_is() -> None:
@@ -177,7 +179,7 @@ def test_a_response_leaves_at_the_end_of_its_iteration_and_goes_on_where_its_kv_
     costs = make(steps)
     times = costs.times(1)
     ready_s = start_s(costs)
-    first_s = ready_s + costs.switch_s(None, "decode", 1) + times.prefill_s(20, 10)
+    first_s = ready_s + switch_s(costs, None, "decode", 1) + times.prefill_s(20, 10)
     third_s = first_s + times.decode_s(1, 21) + times.decode_s(1, 22)
     cut_s = third_s - 1e-4
     script: Script = {
@@ -186,8 +188,10 @@ def test_a_response_leaves_at_the_end_of_its_iteration_and_goes_on_where_its_kv_
         "generation 0": [Prepare(("a",), (0,))],
         "preparation 0": [Learn(("a",))],
     }
-    arrived_s = third_s + costs.transfer_s(22, 1, same_node=True)  # 20 + 3 tokens known, the newest has no KV
-    switched_s = cut_s + costs.switch_s(None, "decode", None)
+    arrived_s = third_s + estimates(costs).transfer_s(
+        22, 1, same_node=True
+    )  # 20 + 3 tokens known, the newest has no KV
+    switched_s = cut_s + switch_s(costs, None, "decode", None)
     generated_s = max(arrived_s, switched_s) + sum(times.decode_s(1, 20 + n) for n in range(3, 10))
     happened, recorder = tell(costs, steps, script)
     assert dict(happened)["generation 0"] == pytest.approx(generated_s, rel=1e-12)
@@ -199,7 +203,7 @@ def test_without_its_kv_a_response_is_computed_again() -> None:
     steps = [[[10]]]
     costs = make(steps)
     times = costs.times(1)
-    first_s = start_s(costs) + costs.switch_s(None, "decode", 1) + times.prefill_s(20, 10)
+    first_s = start_s(costs) + switch_s(costs, None, "decode", 1) + times.prefill_s(20, 10)
     cut_s = first_s + 1e-4  # in the iteration of the second token
     script: Script = {
         "step 0": [Start("a", 1, COLOCATED), Start("b", 1, ("decode",)), Assign("a", (0,)), Subscribe(At(cut_s))],
@@ -207,7 +211,7 @@ def test_without_its_kv_a_response_is_computed_again() -> None:
         "generation 0": [Prepare(("a",), (0,))],
         "preparation 0": [Learn(("a",))],
     }
-    begins_s = max(first_s + times.decode_s(1, 21), cut_s + costs.switch_s(None, "decode", None))
+    begins_s = max(first_s + times.decode_s(1, 21), cut_s + switch_s(costs, None, "decode", None))
     generated_s = begins_s + times.prefill_s(22, 11) + sum(times.decode_s(1, 20 + n) for n in range(3, 10))
     happened, recorder = tell(costs, steps, script)
     assert dict(happened)["generation 0"] == pytest.approx(generated_s, rel=1e-12)
@@ -218,7 +222,7 @@ def test_a_released_function_is_billed_until_its_kv_has_left() -> None:
     steps = [[[10]]]
     costs = make_costs(make_job(steps), parameters={**EXACT_STARTS, "network": {"latency_s": 7.0}})
     times = costs.times(1)
-    first_s = start_s(costs) + costs.switch_s(None, "decode", None) + times.prefill_s(20, 10)
+    first_s = start_s(costs) + switch_s(costs, None, "decode", None) + times.prefill_s(20, 10)
     cut_s = first_s + 1e-4
     script: Script = {
         "step 0": [Start("a", 1, ("decode",)), Start("b", 1, COLOCATED), Assign("a", (0,)), Subscribe(At(cut_s))],
@@ -231,7 +235,9 @@ def test_a_released_function_is_billed_until_its_kv_has_left() -> None:
     last = workers[workers.function == "a"].iloc[-1]
     assert last.state == "idle"
     left_s = first_s + times.decode_s(1, 21)
-    assert (last.start_s, last.end_s) == pytest.approx((left_s, left_s + costs.transfer_s(21, 1, same_node=True)))
+    assert (last.start_s, last.end_s) == pytest.approx(
+        (left_s, left_s + estimates(costs).transfer_s(21, 1, same_node=True))
+    )
     assert last.end_s < dict(happened)["generation 0"]
 
 
@@ -245,8 +251,8 @@ def test_prompts_are_prefilled_once_elsewhere_and_sent() -> None:
         "generation 0": [Prepare(("d",), (0, 1))],
         "preparation 0": [Learn(("d",))],
     }
-    prefilled_s = start_s(costs) + costs.switch_s(None, "prefill", None) + times.prefill_s(50, 25)
-    arrived_s = prefilled_s + costs.transfer_s(50, 1, same_node=True)
+    prefilled_s = start_s(costs) + switch_s(costs, None, "prefill", None) + times.prefill_s(50, 25)
+    arrived_s = prefilled_s + estimates(costs).transfer_s(50, 1, same_node=True)
     # 48 of 50 tokens are in full blocks; each response computes the last 2, after 48 others.
     generated_s = arrived_s + times.prefill_s(4, 48 + 1) + times.decode_s(2, 51) + times.decode_s(1, 52)
     happened, recorder = tell(costs, steps, script, prompt_tokens=50)
@@ -268,11 +274,11 @@ def test_responses_are_prepared_while_others_are_generated() -> None:
     }
     happened, recorder = tell(costs, steps, script)
     samples = recorder.frames().samples.set_index("response_id")
-    switch_s = costs.switch_s(None, "prepare", None)
+    awake_s = switch_s(costs, None, "prepare", None)
     assert samples.prepared_s[0] == pytest.approx(
-        samples.finished_s[0] + switch_s + costs.prepare_s([21], 1), rel=1e-12
+        samples.finished_s[0] + awake_s + costs.learning.prepare_s([21], 1), rel=1e-12
     )
-    last_s = samples.finished_s[1] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s([80], 1)
+    last_s = samples.finished_s[1] + switch_s(costs, "decode", "prepare", 1) + costs.learning.prepare_s([80], 1)
     assert dict(happened)["preparation 0"] == pytest.approx(last_s, rel=1e-12)
 
 
@@ -308,9 +314,9 @@ def test_data_parallel_preparation_is_as_slow_as_its_largest_share() -> None:
     happened, _ = tell(costs, steps, script)
     at = dict(happened)
     # To and fro, longest first: 50 and 21 tokens to one, 29 and 25 to the other.
-    prepared_s = at["generation 0"] + costs.switch_s("decode", "prepare", 2) + costs.prepare_s([50, 21], 1)
+    prepared_s = at["generation 0"] + switch_s(costs, "decode", "prepare", 2) + costs.learning.prepare_s([50, 21], 1)
     assert at["preparation 0"] == pytest.approx(prepared_s, rel=1e-12)
-    learned_s = at["preparation 0"] + costs.learn_s([21, 25, 29, 50], 2, 1)
+    learned_s = at["preparation 0"] + costs.learning.learn_s([21, 25, 29, 50], 2, 1)
     assert at["over"] == pytest.approx(learned_s, rel=1e-12)
 
 
@@ -325,8 +331,12 @@ def test_learning_begins_when_the_last_learner_is_there() -> None:
     }
     happened, recorder = tell(costs, steps, script)
     at = dict(happened)
-    away_s = costs.park_s(1, COLOCATED, 2) + costs.wake_s(1, COLOCATED, 2) + costs.switch_s(None, "learn", 2)
-    assert at["over"] == pytest.approx(at["preparation 0"] + away_s + costs.learn_s([21], 2, 1), rel=1e-12)
+    away_s = (
+        estimates(costs, 2).park_s(1, COLOCATED)
+        + estimates(costs, 2).wake_s(1, COLOCATED)
+        + switch_s(costs, None, "learn", 2)
+    )
+    assert at["over"] == pytest.approx(at["preparation 0"] + away_s + costs.learning.learn_s([21], 2, 1), rel=1e-12)
     workers = recorder.frames().workers
     waiting = workers[(workers.function == "a") & (workers.start_s == at["preparation 0"])].iloc[0]
     assert (waiting.state, waiting.role) == ("idle", "learn")
@@ -398,12 +408,12 @@ def test_models_for_preparation_are_loaded_once_in_a_row() -> None:
     }
     happened, recorder = tell(costs, steps, script)
     at, prepared_s = dict(happened), recorder.frames().samples.set_index("response_id").prepared_s
-    first_s = at["generation 0"] + costs.switch_s("decode", "prepare", 1) + costs.prepare_s([23], 1)
-    second_s = first_s + costs.prepare_s([24], 1, loaded=True)
-    third_s = second_s + costs.park_s(1, COLOCATED, 1) + costs.wake_s(1, COLOCATED, 1)
-    third_s += costs.switch_s(None, "prepare", 1) + costs.prepare_s([25], 1)
+    first_s = at["generation 0"] + switch_s(costs, "decode", "prepare", 1) + costs.learning.prepare_s([23], 1)
+    second_s = first_s + costs.learning.prepare_s([24], 1, loaded=True)
+    third_s = second_s + estimates(costs, 1).park_s(1, COLOCATED) + estimates(costs, 1).wake_s(1, COLOCATED)
+    third_s += switch_s(costs, None, "prepare", 1) + costs.learning.prepare_s([25], 1)
     assert prepared_s.tolist() == pytest.approx([first_s, second_s, third_s], rel=1e-12)
-    assert costs.prepare_s([24], 1) - costs.prepare_s([24], 1, loaded=True) > 1e-3
+    assert costs.learning.prepare_s([24], 1) - costs.learning.prepare_s([24], 1, loaded=True) > 1e-3
 
 
 def test_steps_are_prepared_in_their_order() -> None:
@@ -472,7 +482,7 @@ def test_observed_tokens_advance_with_the_iterations() -> None:
             own = [max(-(-(20 + done - 1) // 16) - 1, 0)] * (2 if done < 30 else 1)
             blocks = 1 + sum(own)
         if done or poll < 0:
-            engine_blocks = costs.kv_blocks(1, 1)
+            engine_blocks = costs.memory.kv_blocks(1, 1)
             assert observation.functions["a"].kv_used == pytest.approx(blocks / engine_blocks, abs=1e-12)
         seen.append(done)
     assert seen[-1] > 40
@@ -515,7 +525,7 @@ def test_kv_is_sent_as_fast_as_the_smaller_function_can() -> None:
     last = workers[workers.function == "a"].iloc[-1]
     left_s = first_s + times.decode_s(1, 21)
     ready_s = max(left_s, start_s(costs))  # one GPU takes longer to load the weights
-    assert last.end_s == pytest.approx(ready_s + 0.005 + 21 * costs.kv_token_bytes / 1e6, rel=1e-12)
+    assert last.end_s == pytest.approx(ready_s + 0.005 + 21 * costs.memory.kv_token_bytes / 1e6, rel=1e-12)
 
 
 def test_a_prepared_step_is_told_once_while_it_waits_for_the_next() -> None:

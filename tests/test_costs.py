@@ -44,8 +44,8 @@ def test_the_flat_batch_is_at_most_what_an_engine_runs() -> None:
 def test_fp8_kv_takes_half_the_memory_and_is_marked_as_assumed() -> None:
     job = make_job([[[8]]])
     plain, fp8 = make_costs(job), make_costs(job, engine=Engine(tensor_parallel=1, kv_cache_dtype="fp8"))
-    assert fp8.kv_token_bytes == plain.kv_token_bytes / 2
-    assert fp8.kv_blocks(1, None) == pytest.approx(2 * plain.kv_blocks(1, None), abs=1)
+    assert fp8.memory.kv_token_bytes == plain.memory.kv_token_bytes / 2
+    assert fp8.memory.kv_blocks(1, None) == pytest.approx(2 * plain.memory.kv_blocks(1, None), abs=1)
     fp8.times(1)
     used = {parameter.key: parameter for parameter in fp8._parameters.used()}
     assert used["serving.fp8_kv_read_factor"].status == "assumed"

@@ -267,7 +267,7 @@ def test_a_run_that_is_over_takes_no_decisions() -> None:
 def parkable(host_functions: float, nodes: int) -> SimulatedBackend:
     """A cluster whose nodes have host memory for so many parked functions of 2 GPUs that decode."""
     work = [[[3]]]
-    size = 2 * make_costs(make_job(work)).weight_bytes / 2
+    size = 2 * make_costs(make_job(work)).memory.weight_bytes / 2
     memory = {"node": {"g6e.48xlarge": {"host_memory_bytes": host_functions * size}}}
     backend, _ = make_backend(make_costs(make_job(work), nodes=nodes, parameters=memory), work)
     backend.reset()

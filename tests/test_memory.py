@@ -56,7 +56,7 @@ def test_learning_needs_state_gradients_gathered_layers_activations_and_logits()
         approx(8 * TOKENS * 152_064),
     ]
     assert max(terms, key=lambda name: terms[name]) == "their logits"
-    ppo = memory_of(algorithm="ppo").learning_bytes(16)
+    ppo = sum(memory_of(algorithm="ppo").learning_terms(16).values())
     assert ppo - sum(terms.values()) == approx(12 * PARAMETERS_7B / 16)  # actor and critic learn in turn
 
 
@@ -93,16 +93,18 @@ def test_megatron_keeps_its_part_of_weights_and_gradients() -> None:
 
 def test_preparation_needs_a_model_and_forward_passes_beside_the_learners_state() -> None:
     forward = 2 * (ROOT_7B + 2 * LAYER_7B) + 2 * TOKENS * ACTIVATIONS_7B + 8 * TOKENS * 152_064
-    assert memory_of().preparing_bytes(2, 16) == approx(WEIGHTS_7B / 2 + 12 * PARAMETERS_7B / 16 + forward)
-    assert memory_of().preparing_bytes(2, None) == approx(WEIGHTS_7B / 2 + forward)
-    assert memory_of(learner_offload=True).preparing_bytes(2, 16) == approx(WEIGHTS_7B / 2 + forward)
+    assert sum(memory_of().preparing_terms(2, 16).values()) == approx(
+        WEIGHTS_7B / 2 + 12 * PARAMETERS_7B / 16 + forward
+    )
+    assert sum(memory_of().preparing_terms(2, None).values()) == approx(WEIGHTS_7B / 2 + forward)
+    assert sum(memory_of(learner_offload=True).preparing_terms(2, 16).values()) == approx(WEIGHTS_7B / 2 + forward)
 
 
 def test_a_larger_reward_model_sets_what_preparation_needs() -> None:
     small, large = memory_of(), memory_of(reward="model", reward_model="llama-2-70b")
     assert large.preparing_terms(2, 16)["weights"] == approx(memory_of("llama-2-70b").weight_bytes / 2)
     same = memory_of(reward="model", reward_model="qwen2.5-3b")
-    assert same.preparing_bytes(8, 16) == small.preparing_bytes(8, 16)
+    assert sum(same.preparing_terms(8, 16).values()) == sum(small.preparing_terms(8, 16).values())
 
 
 # --- engines ---
@@ -185,12 +187,12 @@ def test_a_refusal_has_the_arithmetic_term_by_term_and_what_to_try(
 def test_what_is_refused_needs_more_than_there_is_and_what_fits_does_not() -> None:
     memory = memory_of()
     for world in range(1, 17):
-        needs = memory.learning_bytes(world)
+        needs = sum(memory.learning_terms(world).values())
         if needs > 48e9:
             assert f"needs {needs / 1e9:.1f} GB" in refusal(memory, 2, ("learn",), world)
         else:
             memory.check_fit(2, ("learn",), world)
-    assert memory.learning_bytes(1) > 48e9 > memory.learning_bytes(16)
+    assert sum(memory.learning_terms(1).values()) > 48e9 > sum(memory.learning_terms(16).values())
 
 
 def test_offloading_is_no_advice_where_the_state_is_needed() -> None:

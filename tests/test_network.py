@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +17,7 @@ from simrl.simulator.costs import NodeType
 from simrl.simulator.function import SimFunction
 from simrl.simulator.memory import Memory
 from simrl.simulator.movement import Movement
-from simrl.simulator.network import Flow, GpuLinks, Link, Load, Network, fair_rates
+from simrl.simulator.network import Bundle, GpuLinks, Link, Load, Network, fair_rates
 from simrl.simulator.sync import WeightSync, ring
 from simrl.traces.parameters import Parameters
 
@@ -82,6 +82,25 @@ def test_two_transfers_share_a_nic_and_the_longer_one_speeds_up() -> None:
     }
     # 20 B/s each until 5 s, when 200 bytes of the long one are left for 40 B/s; the other direction is free.
     assert ends_s(net, moves) == pytest.approx({"short": 5.0, "long": 10.0, "back": 7.5})
+
+
+def test_flows_over_the_same_links_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the work of many of them would grow with the square of their number."""
+    seen: list[int] = []
+
+    def counted(bundles: Iterable[Bundle]) -> dict[Bundle, float]:
+        rates = fair_rates(bundles)
+        seen.append(len(rates))
+        return rates
+
+    monkeypatch.setattr("simrl.simulator.network.fair_rates", counted)
+    net, sizes = network(), [10.0 * (i + 1) for i in range(40)]
+    source, target = gpu_links(), gpu_links()
+    moves = {str(i): net.send(Load(0.0, size), (0, source), (1, target)) for i, size in enumerate(sizes)}
+    # When flow i is over, those before have moved all of theirs, those after it as much as flow i.
+    moved = [sum(min(other, size) for other in sizes) for size in sizes]
+    assert ends_s(net, moves) == pytest.approx({str(i): total / NIC for i, total in enumerate(moved)})
+    assert max(seen) == 1
 
 
 def test_a_receiver_is_shared_as_well() -> None:
@@ -152,28 +171,29 @@ def test_nothing_to_move_takes_the_fixed_time_only() -> None:
 
 
 @st.composite
-def flows_over_links(draw: st.DrawFn) -> tuple[list[Link], list[Flow]]:
+def flows_over_links(draw: st.DrawFn) -> tuple[list[Link], list[Bundle]]:
     links = [Link(draw(st.floats(1, 1000))) for _ in range(draw(st.integers(1, 6)))]
-    flows = []
+    bundles = []
     for _ in range(draw(st.integers(1, 12))):
         chosen = draw(st.lists(st.sampled_from(links), min_size=1, unique=True))
         over = {link: draw(st.sampled_from((1.0, 1.0, 0.5, 0.1))) for link in chosen}
-        flows.append(Flow(over, simpy.Environment().event(), 1.0, 0.0))
+        flows = draw(st.integers(1, 3))
+        bundles.append(Bundle(over, 0.0, ends=[(1.0, i, simpy.Environment().event()) for i in range(flows)]))
         for link in over:
-            link.flows[flows[-1]] = None
-    return links, flows
+            link.bundles[bundles[-1]] = None
+    return links, bundles
 
 
 @given(flows_over_links())
-def test_every_flow_has_a_full_link_on_which_none_is_faster(made: tuple[list[Link], list[Flow]]) -> None:
+def test_every_flow_has_a_full_link_on_which_none_is_faster(made: tuple[list[Link], list[Bundle]]) -> None:
     """Which is what max-min fair means: no rate can grow but at the cost of one that is not larger."""
-    links, flows = made
-    rates = fair_rates(flows)
-    used = {link: sum(rates[flow] * flow.links[link] for flow in link.flows) for link in links}
+    links, bundles = made
+    rates = fair_rates(bundles)
+    used = {link: sum(rates[b] * b.links[link] * len(b.ends) for b in link.bundles) for link in links}
     assert all(used[link] <= link.bytes_per_s * (1 + 1e-9) for link in links)
-    for flow in flows:
-        full = [link for link in flow.links if used[link] >= link.bytes_per_s * (1 - 1e-9)]
-        assert any(rates[flow] >= max(rates[other] for other in link.flows) * (1 - 1e-9) for link in full)
+    for bundle in bundles:
+        full = [link for link in bundle.links if used[link] >= link.bytes_per_s * (1 - 1e-9)]
+        assert any(rates[bundle] >= max(rates[other] for other in link.bundles) * (1 - 1e-9) for link in full)
 
 
 Made = tuple[float, float, float, tuple[int, ...]]  # start, latency, bytes, links
@@ -202,7 +222,7 @@ def test_flows_end_when_a_naive_fluid_model_says(capacities: list[float], made: 
         for i, (start_s, latency_s, size, over) in enumerate(made)
     }
     assert ends_s(net, moves) == pytest.approx(naive_ends_s(capacities, made), rel=1e-9)
-    assert not any(link.flows for link in links)
+    assert not any(link.bundles for link in links)
 
 
 def naive_ends_s(capacities: Sequence[float], made: Sequence[Made]) -> dict[str, float]:

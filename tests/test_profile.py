@@ -308,9 +308,9 @@ def test_preparation_by_hand() -> None:
     costs = costs_of()
     # Micro-batches of at most 40 padded tokens: 45 alone, 20 + 15, 10 + 10.
     texts = [10, 45, 20, 10, 15]
-    assert costs.prepare_s(texts, 1) == pytest.approx(0.015 + 0.01 + 2e-4 * (45 + 40 + 20))
-    assert costs.prepare_s(texts, 1, loaded=True) == pytest.approx(0.01 + 2e-4 * 105)
-    assert costs.prepare_s([], 1) == 0.0
+    assert costs.learning.prepare_s(texts, 1) == pytest.approx(0.015 + 0.01 + 2e-4 * (45 + 40 + 20))
+    assert costs.learning.prepare_s(texts, 1, loaded=True) == pytest.approx(0.01 + 2e-4 * 105)
+    assert costs.learning.prepare_s([], 1) == 0.0
 
 
 @pytest.mark.parametrize(("clock", "factor", "fixed"), [("wall", 1.0, (0.5, 0.25)), ("virtual", 0.5, (0.4, 0.2))])
@@ -320,34 +320,34 @@ def test_learning_by_hand(clock: str, factor: float, fixed: tuple[float, float])
     texts = [30, 10, 20, 10, 5, 25, 5, 15]
     # One rank: 30, 20 + 10, 10 and then 25, 15 + 5, 5; padded to 30 + 40 + 10 and 25 + 30 + 5.
     alone_s = 2 * fixed[0] + 6 * fixed[1] + (80 + 60) * 4e-4 * factor
-    assert costs.learn_s(texts, 1, 1) == pytest.approx(alone_s)
+    assert costs.learning.learn_s(texts, 1, 1) == pytest.approx(alone_s)
     # Two ranks: 30 | 20 + 10, then the other 10 to either (a tie: the first); then 25 | 15 + 5 + 5, padded 25 | 30 + 5.
     shared_s = 2 * fixed[0] + (2 + 2) * fixed[1]
     busiest = max((30 + 10) + 25, 40 + 35)
-    assert costs.learn_s(texts, 2, 1) == pytest.approx(shared_s + busiest * 6e-4 * factor)
-    assert costs.learn_s(texts, 64, 1) == pytest.approx(2 * fixed[0] + 2 * fixed[1] + 55 * 6e-4 * factor)
+    assert costs.learning.learn_s(texts, 2, 1) == pytest.approx(shared_s + busiest * 6e-4 * factor)
+    assert costs.learning.learn_s(texts, 64, 1) == pytest.approx(2 * fixed[0] + 2 * fixed[1] + 55 * 6e-4 * factor)
 
 
 @pytest.mark.parametrize(("clock", "export_s"), [("wall", 0.03), ("virtual", 0.02)])
 def test_syncs_by_hand(clock: str, export_s: float) -> None:
     costs = costs_of(clock=clock)
-    assert costs.sync_s(1, 1) == pytest.approx(0.04 + export_s)
+    assert costs.sync_load("in place", 1, rebuilt=False, crossing=0.0).fixed_s == pytest.approx(0.04 + export_s)
 
 
 def test_moves_starts_and_switches_by_hand() -> None:
     costs = costs_of()
-    assert costs.transfer_s(100, 1, same_node=True) == pytest.approx(0.003 + 96 * 4e-6)  # whole blocks of 32
-    assert costs.kv_token_bytes == 4096
-    assert (costs.kv_blocks(1, None), costs.block_tokens) == (64, 32)
+    assert costs.kv_load(100).fixed_s == pytest.approx(0.003 + 96 * 4e-6)  # whole blocks of 32
+    assert costs.memory.kv_token_bytes == 4096
+    assert (costs.memory.kv_blocks(1, None), costs.block_tokens) == (64, 32)
     assert (costs.max_num_seqs, costs.max_batched_tokens) == (8, 256)
     roles = ("decode", "prepare", "learn")
-    assert sum(costs.start_phases(1, roles, cached=False).values()) == pytest.approx(8.0)
-    assert sum(costs.start_phases(1, ("learn",), cached=False).values()) == 0.0
-    assert costs.start_spread() == 0.0
-    assert (costs.park_s(1, roles, None), costs.wake_s(1, roles, None)) == (0.005, 0.02)
+    assert sum(costs.movement.start_phases(1, roles, cached=False).values()) == pytest.approx(8.0)
+    assert sum(costs.movement.start_phases(1, ("learn",), cached=False).values()) == 0.0
+    assert costs.movement.start_spread() == 0.0
+    assert (costs.park_load(1, roles, None).fixed_s, costs.wake_load(1, roles, None).fixed_s) == (0.005, 0.02)
     switches = [(None, "decode"), ("decode", "prepare"), ("prepare", "learn"), ("learn", "decode"), (None, "prepare")]
-    assert [costs.switch_s(old, new, 1) for old, new in switches] == [0.0, 0.005, 0.0, 0.02, 0.005]
-    assert costs.resident_bytes(1, roles, 2) == 4e6 + 12e6 / 2
+    assert [costs.switch_load(old, new, 1, 1).fixed_s for old, new in switches] == [0.0, 0.005, 0.0, 0.02, 0.005]
+    assert costs.memory.resident_bytes(1, roles, 2) == 4e6 + 12e6 / 2
     assert (costs.node.gpus, costs.node.gpu, costs.nodes) == (2, "core of Some CPU", 1)
     assert costs.node.host_memory_bytes == 8e9
     assert costs.flat_batch(1, 10) == 1
@@ -364,10 +364,10 @@ def test_what_the_profile_does_not_hold_is_refused() -> None:
         costs_of(engine=Engine(tensor_parallel=1, max_num_seqs=9))
     assert costs_of(engine=Engine(tensor_parallel=1, max_num_seqs=4)).max_num_seqs == 4
     costs = costs_of()
-    costs.check_fit(1, ("decode",), None)
-    costs.check_fit(2, ("learn",), 2)
+    costs.memory.check_fit(1, ("decode",), None)
+    costs.memory.check_fit(2, ("learn",), 2)
     with pytest.raises(DoesNotFit, match=r"an engine of 2 GPUs is not in the profile p\.json .*\(engine\.tensor_par"):
-        costs.check_fit(2, ("decode",), None)
+        costs.memory.check_fit(2, ("decode",), None)
     with pytest.raises(DoesNotFit, match=r"texts of 564 tokens .* takes 512"):
         costs_of(JOB.model_copy(update={"max_response_tokens": 500})).check_fit(1, ("decode",), None)
 

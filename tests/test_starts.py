@@ -11,6 +11,8 @@ import pytest
 import simpy
 from clusters import make_backend, make_costs, make_job
 
+from simrl.experiments.config import load_config
+from simrl.experiments.run import run
 from simrl.policies.contract import (
     Assign,
     At,
@@ -32,6 +34,7 @@ from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.keep_alive import KeepAlive, Kept
 from simrl.traces.job import Cluster
 from simrl.traces.records import Recorder
+from simrl.traces.summary import Price, summarise
 
 COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")
 STEPS = [[[1]], [[1]]]
@@ -147,7 +150,7 @@ def test_a_kept_process_is_woken_by_a_start_of_its_kind() -> None:
     assert happened["c started"] > 154 + 20  # there was one
     rows = _rows(backend)
     assert rows[("a", "cold", 100.0)] == pytest.approx(101.5)  # to host memory, still on its GPUs
-    assert rows[("a (kept)", "parked", 101.5)] == pytest.approx(150.0)
+    assert rows[("a (kept for b)", "parked", 101.5)] == pytest.approx(150.0)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_parked_functions_have_the_host_memory_first() -> None:
     assert happened["e started"] > 150
     rows = _rows(backend)
     assert rows[("a (kept)", "parked", 101.5)] == pytest.approx(120.0)  # the older one
-    assert rows[("b (kept)", "parked", 111.5)] == pytest.approx(130.0)
+    assert rows[("b (kept for d)", "parked", 111.5)] == pytest.approx(130.0)
     more: list[Decision] = [Start("f", 2, ("decode",), 0), Start("g", 1, ("decode",), 0), Park("f"), Park("g")]
     with pytest.raises(InvalidDecision, match="host memory"):
         told(backend, {**script, "at 125": more})
@@ -222,10 +225,10 @@ def test_what_does_not_fit_is_not_kept() -> None:
     keep.keep(kept[2], 9.0)
     assert keep.nodes(1, ("decode",)) == {0}
     keep.keep(kept[2], 25.0)  # the oldest makes room
-    assert [keep.take(0, 1, ("decode",)) for _ in range(3)] == [True, True, False]
+    assert [keep.take("z", 0, 1, ("decode",)) for _ in range(3)] == [True, True, False]
     keep.keep(kept[0], 25.0)
     keep.make_room(0, -5.0)
-    assert not keep.take(0, 1, ("decode",))
+    assert not keep.take("z", 0, 1, ("decode",))
 
 
 def test_kept_processes_end_with_the_run_and_need_a_sync() -> None:
@@ -255,9 +258,24 @@ def test_kept_processes_end_with_the_run_and_need_a_sync() -> None:
     assert not script
     frames = recorder.frames()
     assert frames.samples.weights_version.tolist() == [0, 1]
-    kept = frames.workers[frames.workers.function.str.endswith("(kept)")]
-    assert kept.function.tolist() == ["d (kept)", "e (kept)"]
+    kept = frames.workers[frames.workers.function.str.contains("(kept", regex=False)]
+    assert kept.function.tolist() == ["d (kept for e)", "e (kept)"]
     assert kept.end_s.tolist() == [frames.workers.query("function == 'e'").start_s.min(), frames.phases.end_s.max()]
+    price = Price(1.0, "gpu", 0.0)
+    summary = summarise(frames, policy="p", seed=0, nodes=1, gpus=8, price=price, policy_wall_s=0.0, wall_s=0.0)
+    assert summary["cold_starts"] == 2, "a and d; e went on with what was kept of d"
+
+
+def test_rlhfless_syncs_as_told_to_actors_that_do_not_learn_and_keeps_nothing_as_it_parks() -> None:
+    small = ("job.prompts_per_step=8", "job.dataset_prompts=16", "policy.learner_gpus=8", "policy.scale_actors=false")
+
+    def summary(*sets: str) -> dict[str, Any]:
+        found = run(load_config(policy="rlhfless", nodes=2, steps=2, sets=[*small, *sets])).summary
+        return {name: value for name, value in found.items() if "wall" not in name}
+
+    plain = summary()
+    assert summary("cluster.keep_alive_s=1e4") == plain
+    assert summary("cluster.weight_sync=object-store")["weight_sync_s"] > 1.5 * plain["weight_sync_s"]
 
 
 def _rows(backend: SimulatedBackend) -> dict[tuple[str, str, float], float]:

@@ -22,7 +22,7 @@ from simrl.cli import main
 from simrl.traces.importers import detect, formats, import_trace
 from simrl.traces.importers.mapping import load_mapping, parse_mapping, shipped_mappings
 from simrl.traces.importers.reading import value_of
-from simrl.traces.trace import COLUMNS, TraceError, read_trace
+from simrl.traces.trace import COLUMNS, TraceError, read_trace, whole_file
 
 REAL_LOG = Path(__file__).parent / "data" / "verl_qwen2-7b_gpg_math.log.gz"
 PREFIX = "\x1b[36m(TaskRunner pid=17)\x1b[0m "
@@ -702,3 +702,23 @@ def test_any_input_gives_a_trace_or_one_error(
         assert sorted(path.name for path in tmp_path.iterdir()) == [name]
     else:
         assert len(trace.steps) + len(trace.responses) > 0
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "w.toml"
+    path.write_text("old")
+
+    def interrupted() -> None:
+        with whole_file(path) as file:
+            file.write_text("ne")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    assert (path.read_text(), [found.name for found in tmp_path.iterdir()]) == ("old", ["w.toml"])
+    with whole_file(path) as file:
+        file.write_text("new")
+    assert (path.read_text(), [found.name for found in tmp_path.iterdir()]) == ("new", ["w.toml"])
+    missing = tmp_path / "no" / "w.toml"
+    with pytest.raises(TraceError, match=r"w.toml' cannot be written: No such file"), whole_file(missing) as file:
+        file.write_text("new")

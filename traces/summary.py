@@ -20,6 +20,8 @@ HOLDING = ("busy", "idle", "cold")
 STAGES = ("generation", "preparation", "learning", "weight_sync")
 LOST = "lost"
 """State of a row that tells when a function was lost, at its one moment, or how long a node was, without a function."""
+KEPT_FOR = " (kept for "
+"""In the name of a row of a process that was kept after its function's release, until the start that woke it."""
 NO_STAGE = "none"
 """GPU-seconds that serve no stage: starts, wakes, changes of role, and waiting for the first work after them."""
 
@@ -115,7 +117,7 @@ def summarise(
         "cost_usd_per_step": cost_usd / len(steps),
         "cost_usd_per_million_response_tokens": 1e6 * cost_usd / response_tokens if response_tokens else None,
         "busy_fraction": leases.by_state()["busy"] / gpu_s if gpu_s else 0.0,
-        "cold_starts": int((frames.decisions["decision"] == "Start").sum()),
+        "cold_starts": _cold_starts(frames),
         "lost_functions": int((lost["function"] != "").sum()),
         "lost_nodes": int((lost["function"] == "").sum()),
         "migrations": int(samples["migrations"].sum()),
@@ -126,6 +128,13 @@ def summarise(
         "policy_wall_s": float(policy_wall_s),
         "wall_s": float(wall_s),
     }
+
+
+def _cold_starts(frames: Frames) -> int:
+    """Starts that did not wake a kept process."""
+    parked = frames.workers.loc[frames.workers["state"] == "parked", "function"]
+    woken = sum(KEPT_FOR in function for function in parked)
+    return int((frames.decisions["decision"] == "Start").sum()) - woken
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -96,6 +97,7 @@ class Provenance:
         skipped: Bad lines left out (`--skip-bad`).
         skipped_examples: The first few of them.
         schema_version: Of the table.
+        config: The configuration of a simrl run, as TOML; empty where there is none.
     """
 
     importer: str
@@ -108,6 +110,7 @@ class Provenance:
     skipped: int = 0
     skipped_examples: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
+    config: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,7 @@ class TraceWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = 0
-        self._hidden = path.parent / f".{path.name}.{os.getpid()}.tmp"
+        self._hidden = _hidden(path)
         self._waiting: list[Row] = []
         self._chars = 0
 
@@ -268,6 +271,27 @@ class TraceWriter:
                 raise
         finally:
             self._hidden.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden file to write, which is *path* when it is complete, and gone if it is not.
+
+    Raises:
+        TraceError: The place cannot be written.
+    """
+    hidden = _hidden(path)
+    try:
+        yield hidden
+        hidden.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def _hidden(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}.tmp"
 
 
 def check_output(path: Path) -> None:

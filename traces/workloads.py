@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -24,7 +23,7 @@ from simrl.traces.length_tables import LengthTable
 from simrl.traces.lengths import FAMILIES, MIXTURE, MIXTURE_UNITS, UNITS, LengthModel, parse_workload
 from simrl.traces.parameters import Parameter
 from simrl.traces.streams import stream
-from simrl.traces.trace import check_output
+from simrl.traces.trace import whole_file
 
 Floats = NDArray[np.float64]
 FAR = 10**9  # a cap that nothing reaches
@@ -384,7 +383,11 @@ def _wrapped(numbers: Sequence[int], per_line: int = 25) -> list[str]:
 
 
 def plot(choice: Choice, model: LengthModel, path: Path) -> None:
-    """A QQ plot of the lengths against the fitted model, with the 95 % band of data sets of the same shape."""
+    """A QQ plot of the lengths against the fitted model, with the 95 % band of data sets of the same shape.
+
+    Raises:
+        TraceError: If the place cannot be written.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -409,7 +412,8 @@ def plot(choice: Choice, model: LengthModel, path: Path) -> None:
         )
         axes.set_title(f"{choice.table.origin}\n{described_form(choice.best.form)}", fontsize=9)
         axes.legend(frameon=False, loc="upper left")
-        figure.savefig(path, format="png", dpi=150)
+        with whole_file(path) as file:
+            figure.savefig(file, format="png", dpi=150)
 
 
 def parse_share(text: str) -> Share:
@@ -431,10 +435,8 @@ def write(path: Path, text: str) -> None:
     Raises:
         TraceError: If the place cannot be written.
     """
-    check_output(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def summary(choice: Choice, model: LengthModel) -> dict[str, Any]:

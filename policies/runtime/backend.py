@@ -10,7 +10,7 @@ import operator
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import simpy
@@ -222,14 +222,12 @@ class ClusterBackend(ABC):
 
     def _stall_report(self, why: str) -> str:
         self.catch_up()
-        states: dict[str, int] = {}
-        for function in self.functions.values():
-            waits = function.state is State.STARTING and not function.gpu_ids
-            state = "waiting for GPUs" if waits else str(function.state)
-            states[state] = states.get(state, 0) + 1
+        there = [function for function in self.functions.values() if function.state is not State.GONE]
+        waiting = [function.state is State.STARTING and not function.gpu_ids for function in there]
+        states = Counter("waiting for GPUs" if w else str(f.state) for f, w in zip(there, waiting, strict=True))
         unfinished = sum(step.unfinished for step in self.steps.values())
         unprepared = sum(step.unprepared for step in self.steps.values())
-        shown = ", ".join(f"{count} {state}" for state, count in states.items() if state != "gone") or "none"
+        shown = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
         lost = [node.index for node in self.pool.nodes if node.condition == "lost"]
         shown += f"; lost nodes: {_some(lost)}" if lost else ""
         return (
@@ -421,7 +419,7 @@ class ClusterBackend(ABC):
     def lose_node(self, node: int) -> list[str]:
         """A node is lost at this moment; returns its functions, which are lost with it, those that wait for it too."""
         self.pool.lose(node)
-        names = [name for name, f in self.functions.items() if f.state is not State.GONE and self._place(name) == node]
+        names = [name for name, f in self.functions.items() if f.state is not State.GONE and f.place() == node]
         for name in names:
             self.lose(name)
         return names
@@ -609,8 +607,8 @@ class ClusterBackend(ABC):
         function = self._function(decision, decision.function)
         if self._planned[decision.function] == "parked":
             raise InvalidDecision(decision, f"{decision.function!r} is parked already", "a function that is awake")
-        there = [size for name, size in self._parked_bytes.items() if self._place(name) == self._place(function.name)]
-        host = sum(there) if self._place(function.name) is not None else 0.0
+        node = function.place()
+        host = self.parked_on(node) if node is not None else 0.0
         here, has = self.parked_bytes(function)
         if host + here > has:
             reason = f"functions parked on one node would take {(host + here) / 1e9:.0f} GB of host memory"
@@ -619,9 +617,9 @@ class ClusterBackend(ABC):
         self._planned[decision.function] = "parked"
         function.add_task(function.park())
 
-    def _place(self, name: str) -> int | None:
-        """The node that a function is on or has asked for; None while the backend has not chosen one."""
-        return self.functions[name].place()
+    def parked_on(self, node: int) -> float:
+        """Host memory that parked functions take on *node*."""
+        return sum(size for name, size in self._parked_bytes.items() if self.functions[name].place() == node)
 
     def _wake(self, decision: Wake) -> None:
         function = self._function(decision, decision.function)
@@ -643,7 +641,8 @@ class ClusterBackend(ABC):
 
     def _assign(self, decision: Assign) -> None:
         function = self._function(decision, decision.function, "decode")
-        rollouts = self._responses(decision, decision.responses, self.unassigned, "assigned or finished already")
+        unassigned = self.unassigned.__contains__
+        rollouts = self._responses(decision, decision.responses, unassigned, "assigned or finished already")
         self._check_fresh(decision, decision.function, rollouts)
         prefill = None
         if decision.prefix_from is not None and decision.prefix_from != decision.function:
@@ -668,18 +667,23 @@ class ClusterBackend(ABC):
             prefill.add_task(prefill.prefill_for(list(groups.values()), serving))
 
     def _responses(
-        self, decision: Decision, response_ids: Sequence[int], among: Mapping[int, object], reason: str
+        self, decision: Decision, response_ids: Sequence[int], allowed: Callable[[int], bool], reason: str
     ) -> list[Rollout]:
-        """The responses of a decision, each once and each *among* those that it may name."""
-        unique = set(response_ids)
-        if len(unique) != len(response_ids):
+        """The responses of a decision, each once and each *allowed*."""
+        if len(set(response_ids)) != len(response_ids):
             raise InvalidDecision(decision, "it names a response twice", "each response once")
-        if not unique <= among.keys():
-            wrong = [response_id for response_id in response_ids if response_id not in among]
+        wrong = list(itertools.filterfalse(allowed, response_ids))
+        if wrong:
+            others = list(filter(allowed, self.rollouts))
             unknown = [response_id for response_id in wrong if response_id not in self.rollouts]
             why = f"responses {_some(unknown)} are unknown" if unknown else f"responses {_some(wrong)} are {reason}"
-            raise InvalidDecision(decision, why, f"{len(among)} responses, for example {_some(list(among)[:3])}")
+            raise InvalidDecision(decision, why, f"{len(others)} responses, for example {_some(others[:3])}")
         return list(map(self.rollouts.__getitem__, response_ids))
+
+    def _is_under_way(self, response_id: int) -> bool:
+        """Whether a response is on a function and not finished."""
+        rollout = self.rollouts.get(response_id)
+        return rollout is not None and rollout.function is not None and rollout.finished_s is None
 
     def _check_fresh(self, decision: Decision, name: str, rollouts: Sequence[Rollout]) -> None:
         holds = self.planned_version[name]
@@ -697,7 +701,7 @@ class ClusterBackend(ABC):
     def _migrate(self, decision: Migrate) -> None:
         target = self._function(decision, decision.target, "decode")
         self.catch_up()
-        rollouts = self._responses(decision, decision.responses, _Unfinished(self.rollouts), "unassigned or finished")
+        rollouts = self._responses(decision, decision.responses, self._is_under_way, "unassigned or finished")
         self._check_fresh(decision, decision.target, rollouts)
         if any(rollout.function == decision.target for rollout in rollouts):
             raise InvalidDecision(decision, f"some responses are on {decision.target!r} already", "another target")
@@ -719,9 +723,8 @@ class ClusterBackend(ABC):
     def _prepare(self, decision: Prepare) -> None:
         functions = self._distinct(decision, decision.functions, "prepare")
         self.catch_up()
-        rollouts = self._responses(
-            decision, decision.responses, self.unprepared, "unfinished or being prepared already"
-        )
+        unprepared = self.unprepared.__contains__
+        rollouts = self._responses(decision, decision.responses, unprepared, "unfinished or being prepared already")
         for response_id in decision.responses:
             del self.unprepared[response_id]
         for function, share in zip(functions, balanced_shares(rollouts, [f.gpus for f in functions]), strict=True):
@@ -791,26 +794,6 @@ class ClusterBackend(ABC):
         Start: _start, Park: _park, Wake: _wake, Release: _release, Assign: _assign, Migrate: _migrate,
         Prepare: _prepare, Learn: _learn, Sync: _sync, Subscribe: _subscribe,
     })  # fmt: skip
-
-
-class _Unfinished(Mapping[int, Rollout]):
-    """Responses that are on a function and not finished, without a copy of them."""
-
-    def __init__(self, rollouts: Mapping[int, Rollout]) -> None:
-        self._rollouts = rollouts
-
-    def __contains__(self, response_id: object) -> bool:
-        rollout = self._rollouts.get(response_id)  # type: ignore[call-overload]
-        return rollout is not None and rollout.function is not None and rollout.finished_s is None
-
-    def __getitem__(self, response_id: int) -> Rollout:
-        return self._rollouts[response_id]
-
-    def __iter__(self) -> Iterator[int]:
-        return (response_id for response_id in self._rollouts if response_id in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def _some(names: Sequence[object]) -> str:

@@ -212,8 +212,7 @@ class ClusterFunction(ABC):
     def wake_work(self) -> simpy.Event | None:
         """Come back onto GPUs."""
 
-    @abstractmethod
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027
         """It is released: nothing of it is needed any more."""
 
     @abstractmethod
@@ -315,14 +314,12 @@ class ClusterFunction(ABC):
 
     def _live(self) -> Process:
         """Lease, start, then work off tasks until released."""
-        if self.state is State.GONE:  # lost before it began
-            return
-        yield from self._start()
+        if self.state is not State.GONE:  # else it was lost before it began
+            yield from self._start()
         while self.state is not State.GONE:
             if not self._tasks:
                 if self.state is not State.PARKED:
-                    self._enter("idle", self._stage)
-                    self.state = State.IDLE
+                    self._rest()
                     self.cluster.idle(self, self._after)
                 yield from self._wait(lambda: bool(self._tasks))
             task = self._tasks.popleft()
@@ -348,13 +345,20 @@ class ClusterFunction(ABC):
                 self.cluster.recorder.workers.append(row)
         self._interval = None if state is None else (state, stage, now)
 
+    def _rest(self) -> None:
+        self._enter("idle", self._stage)
+        self.state = State.IDLE
+
+    def _begin(self, stage: Stage) -> None:
+        self._enter("busy", stage)
+        self.state, self._stage = State.BUSY, stage
+
     def close(self) -> None:
         """End the open interval, as the run is over."""
         self._enter(None)
 
     def _work(self, stage: Stage, work: simpy.Event, steps: Iterable[int]) -> Process:
-        self._enter("busy", stage)
-        self.state, self._stage = State.BUSY, stage
+        self._begin(stage)
         start_s = self.cluster.env.now
         yield work
         for step in steps:
@@ -400,16 +404,14 @@ class ClusterFunction(ABC):
             if not (yield from self.iterate()):
                 if not (task.expected or task.inbox or self.removals or self.engine_ids()):
                     break
-                self._enter("idle", self._stage)
-                self.state = State.IDLE
+                self._rest()
                 yield from self._wait_once()
         self._serving = None
         self._after = "drained"
 
     def generate(self) -> None:
         """Its engine begins to work, or goes on."""
-        self._enter("busy", "generation")
-        self.state, self._stage = State.BUSY, "generation"
+        self._begin("generation")
 
     def _wait_once(self) -> Process:
         self._wake_up = self.cluster.env.event()
@@ -428,8 +430,7 @@ class ClusterFunction(ABC):
     def _sent(self) -> Process:
         """Wait, idle, until outgoing KV has left."""
         if self._sending:
-            self._enter("idle", self._stage)
-            self.state = State.IDLE
+            self._rest()
         yield from self._wait(lambda: not self._sending)
 
     def prefill_for(self, groups: Sequence[Sequence[Rollout]], target: Serving) -> Process:
@@ -506,11 +507,8 @@ class ClusterFunction(ABC):
     def sync(self, gang: Gang, step: int) -> Process:
         """A task: take the learner's newest weights into the engine."""
         yield from self._switch("decode" if "decode" in self.roles else "prefill")
-        yield from self._gather(gang)
-        yield from self._work("weight_sync", gang.work(), {step})
-        self.gangs.remove(gang)
+        yield from self.send_weights(gang, step)
         self.forget_prefixes()
-        self._after = "synced"
         gang.done += 1
         if gang.done == 1:  # it is over for all at this moment
             self.cluster.triggers.stage_finished("weight_sync", step)
@@ -527,8 +525,7 @@ class ClusterFunction(ABC):
         gang.arrived.append(self)
         gang.go_if_complete()
         if not gang.go.triggered:
-            self._enter("idle", self._stage)
-            self.state = State.IDLE
+            self._rest()
         if not gang.go.processed:
             yield gang.go
 

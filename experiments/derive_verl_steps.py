@@ -1,4 +1,4 @@
-"""Stage times and lengths of each step out of a verl console log, as a records file.
+"""Stage times and lengths of each step out of a verl log, as a records file.
 
 The shipped ``data/verl_steps.csv`` was derived on 2026-11-22 from the log of Qwen2-7B with GPG on MATH in
 diqiuzhuanzhuan/verldata (MIT licence):
@@ -9,74 +9,62 @@ diqiuzhuanzhuan/verldata (MIT licence):
 from __future__ import annotations
 
 import argparse
-import csv
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-LINE = re.compile(r"\bstep:(\d+) - (.*)")
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
-TIMES: Mapping[str, str] = {
-    "gen": "gen_s", "generate_sequences": "generate_sequences_s", "reshard": "reshard_s",
-    "old_log_prob": "old_log_prob_s", "ref": "ref_s", "values": "values_s", "update_actor": "update_actor_s",
-    "update_critic": "update_critic_s",
+import pandas as pd
+
+from simrl.traces.importers.mapping import load_mapping, mapped_rows
+from simrl.traces.importers.reading import Reading
+
+COLUMNS: Mapping[str, str] = {
+    "generation_s": "gen_s", "rollout_mean_s": "generate_sequences_s", "reshard_s": "reshard_s",
+    "old_log_prob_s": "old_log_prob_s", "ref_log_prob_s": "ref_s", "values_s": "values_s",
+    "update_actor_s": "update_actor_s", "update_critic_s": "update_critic_s", "step": "step",
+    "response_tokens_mean": "response_mean_tokens", "prompt_tokens_mean": "prompt_mean_tokens",
+    "response_tokens_max": "response_max_tokens",
 }  # fmt: skip
-"""verl's names of stages, below `timing_s/` or, in 2024, `timing/`, and the columns of a records file."""
-OUTSIDE_THE_STEP = ("testing", "save_checkpoint")  # part of timing_s/step on some steps
+"""Columns of a trace and of a records file."""
 
 
-def steps(lines: Iterable[str]) -> Iterator[tuple[int, dict[str, float]]]:
-    """Number and metrics of every step that generated something."""
-    for line in lines:
-        found = LINE.search(ANSI.sub("", line))
-        if found:
-            metrics = dict(_metrics(found[2]))
-            if "timing_s/gen" in metrics or "timing/gen" in metrics:
-                yield int(found[1]), metrics
+def steps(log: Path, facts: Mapping[str, str]) -> pd.DataFrame:
+    """A line a step that generated something; GPUs and prompts follow from verl's own throughput and token count.
+
+    Args:
+        log: As verl prints or writes it.
+        facts: By column of a records file, the same on each line.
+
+    Raises:
+        TraceError: The log cannot be read, or a line of it is bad.
+    """
+    rows = (row for _, _, row in mapped_rows(load_mapping("verl"), [log], Reading()) if "generation_s" in row)
+    return pd.DataFrame([{**facts, **_record(row, facts)} for row in rows])
 
 
-def _metrics(text: str) -> Iterator[tuple[str, float]]:
-    for part in text.split(" - "):
-        name, _, value = part.strip().rpartition(":")
-        number = re.fullmatch(r"(?:np\.float\d+\()?(-?[\d.]+(?:e[-+]?\d+)?)\)?", value)
-        if number:
-            yield name, float(number[1])
-
-
-def row(step: int, metrics: Mapping[str, float], responses_per_prompt: int) -> dict[str, object]:
-    """One step as a line of a records file; GPUs and prompts follow from verl's own throughput and token count."""
-    times = {
-        name.partition("/")[2]: value for name, value in metrics.items() if name.startswith(("timing_s/", "timing/"))
-    }
-    found: dict[str, object] = {column: times[name] for name, column in TIMES.items() if name in times}
-    if "step" in times:
-        found["step_s"] = round(times["step"] - sum(times.get(name, 0.0) for name in OUTSIDE_THE_STEP), 3)
-    mean, prompt = metrics["response_length/mean"], metrics["prompt_length/mean"]
-    found |= {"step": step, "response_mean_tokens": mean, "prompt_mean_tokens": prompt}
-    found["response_max_tokens"] = int(metrics["response_length/max"])
-    if "perf/total_num_tokens" in metrics:
-        tokens = metrics["perf/total_num_tokens"]
-        found["gpus"] = round(tokens / (metrics["perf/time_per_step"] * metrics["perf/throughput"]))
-        found["prompts_per_step"] = round(tokens / (mean + prompt) / responses_per_prompt)
+def _record(row: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, Any]:
+    found = {"record": f"{facts.get('record', 'step')}-{row['step']}"}
+    found |= {column: row[name] for name, column in COLUMNS.items() if name in row}
+    if "step_s" in row:  # on some steps with a test or a checkpoint in it
+        found["step_s"] = round(row["step_s"] - row.get("testing_s", 0.0) - row.get("checkpoint_s", 0.0), 3)
+    if "total_tokens" in row:
+        tokens, responses = row["total_tokens"], int(facts.get("responses_per_prompt", 1))
+        found["gpus"] = round(tokens / (row["throughput_time_s"] * row["tokens_per_gpu_s"]))
+        found["prompts_per_step"] = round(
+            tokens / (row["response_tokens_mean"] + row["prompt_tokens_mean"]) / responses
+        )
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Read a log, write CSV to stdout; what the log does not say comes from --facts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("log")
+    parser.add_argument("log", type=Path)
     parser.add_argument("--facts", default="", help="column=value;column=value, the same on each line")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
     facts = dict(fact.split("=", 1) for fact in given.facts.split(";") if fact)
-    samples = int(facts.get("responses_per_prompt", 1))
-    with open(given.log, encoding="utf-8") as log:
-        rows = [facts | row(step, metrics, samples) for step, metrics in steps(log)]
-    for line in rows:
-        line["record"] = f"{facts.get('record', 'step')}-{line['step']}"
-    columns = dict.fromkeys(column for line in rows for column in line)
-    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    steps(given.log, facts).to_csv(sys.stdout, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__":

@@ -16,28 +16,22 @@ from pathlib import Path
 
 from simrl.experiments.config import ConfigError
 
+SETTINGS = (
+    "mini_batch_prompts", "micro_batch_responses", "micro_batch_tokens", "learner_parallel", "gpu_memory_utilization",
+)  # fmt: skip
 COUNTS = (
     "step", "gpus", "prompts_per_step", "responses_per_prompt", "max_prompt_tokens", "max_response_tokens",
-    "response_max_tokens",
+    "response_max_tokens", *SETTINGS[:-1],
 )  # fmt: skip
 NUMBERS = (
     "response_mean_tokens", "prompt_mean_tokens", "gen_s", "generate_sequences_s", "reshard_s", "old_log_prob_s",
-    "ref_s", "values_s", "update_actor_s", "update_critic_s", "step_s",
+    "ref_s", "values_s", "update_actor_s", "update_critic_s", "step_s", SETTINGS[-1],
 )  # fmt: skip
+SWITCHES = ("checkpointing", "offload")
 TEXTS = (
-    "record",
-    "log",
-    "model",
-    "algorithm",
-    "gpu_type",
-    "gpu_type_known",
-    "engine",
-    "train_engine",
-    "date",
-    "source",
-    "notes",
-)
-COLUMNS = (*TEXTS, *COUNTS, *NUMBERS)
+    "record", "log", "model", "algorithm", "gpu_type", "gpu_type_known", "engine", "train_engine", "date", "source",
+    "settings_source", "notes", *SWITCHES,
+)  # fmt: skip
 STAGES: Mapping[str, Sequence[str]] = {
     "generation": ("gen_s",),
     "log_probs": ("old_log_prob_s", "ref_s"),
@@ -149,6 +143,11 @@ def _record(fields: Mapping[str, str], where: str, number: int, log_before: str 
         raise ConfigError(f"{where}: response_max_tokens={longest:g} must be at most max_response_tokens={cap:g}")
     if texts["date"] and not re.fullmatch(r"20\d\d(-[01]\d(-[0-3]\d)?)?", texts["date"]):
         raise ConfigError(f"{where}: date={texts['date']!r} must be YYYY, YYYY-MM or YYYY-MM-DD, or empty")
+    for column in SWITCHES:
+        if texts[column] not in ("yes", "no", ""):
+            raise ConfigError(f"{where}: {column}={texts[column]!r} must be yes or no, or empty")
+    if numbers.get("gpu_memory_utilization", 0) > 1:
+        raise ConfigError(f"{where}: gpu_memory_utilization={numbers['gpu_memory_utilization']:g} must be at most 1")
     name = texts["record"] or f"record {number}"
     return Record(name, _log(texts, name, log_before), texts, numbers)
 

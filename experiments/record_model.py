@@ -10,15 +10,16 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from simrl.experiments.record_file import Record, by_log
+from simrl.experiments.record_file import STAGES, Record, by_log
 from simrl.simulator.costs import Costs, NodeType
 from simrl.simulator.engine import BLOCK_TOKENS, Engine, Request
 from simrl.traces.job import Engine as EngineSpec
@@ -42,22 +43,19 @@ GRAPHS_SINCE_VLLM = (0, 10)  # vLLM of August 2025, when verl's default became C
 GRAPHS_SINCE_DATE = "2025-09"
 MINI_BATCHES = 4  # verl's GSM8K examples: 1024 prompts a step, 256 an update
 LORA_RANK = 32  # where a record says LoRA without a rank: verl's example scripts
+LORA_UNITS = 14  # A and B of a layer's seven linear maps: FSDP units of their own in verl (get_fsdp_wrap_policy)
+MICRO_BATCH_TOKENS = 16384  # verl's default ppo_max_token_len_per_gpu
 NODE_GPUS = 8  # most of an engine
 MOST_UTILIZATION = 0.9  # vLLM's default, where verl's 0.6 leaves no room
 
 SAME_CHIP = {"a800": "a100"}  # but for its NVLink
-LIMITS = {"host_s_per_layer": (1e-5, 2e-2), "learn_flops_per_s": (1e12, 2e15), "forward_flops_per_s": (1e12, 2e15)}
+LIMITS = {"host_s_per_layer": (1e-5, 2e-2), "learn_mfu": (1e-3, 1.0), "forward_mfu": (1e-3, 1.0)}
 """Where constants are looked for."""
-UNITS = {
-    "host_s_per_layer": "s/layer",
-    "startup_s": "s",
-    "learn_flops_per_s": "FLOP/s",
-    "forward_flops_per_s": "FLOP/s",
-}
+UNITS = {"host_s_per_layer": "s/layer", "startup_s": "s", "learn_mfu": "1", "forward_mfu": "1"}
 POOLED = "pooled"  # the class of a log whose own class has no other
-STAGE_OF = {"host_s_per_layer": "generation", "learn_flops_per_s": "update", "forward_flops_per_s": "log_probs"}
+STAGE_OF = {"host_s_per_layer": "generation", "learn_mfu": "update", "forward_mfu": "log_probs"}
 MEAN_FROM = ("log_probs", "update")  # stages whose time tells an unknown mean length: they grow with tokens alone
-ROWS_A_LOG = 24  # of a long log, evenly spaced: enough to fit one constant
+ROWS_A_LOG = 8  # of a long log, evenly spaced: enough to fit one constant
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,14 @@ class Constants:
     Attributes:
         host_s_per_layer: Host time of an engine iteration, s a layer: launches in eager mode, else overhead.
         startup_s: What generation takes before the engine starts: waking up and resharding.
-        learn_flops_per_s: What a GPU of the class achieves in learning, as MFU counts FLOPs. Over GPUs of 148 to 989
-            TFLOP/s this varies by a factor of two, MFU by ten: so this is what logs share where a class has no other.
-        forward_flops_per_s: The same in forward passes.
+        learn_mfu: Share of its peak that a GPU of the class achieves in learning, as MFU counts FLOPs.
+        forward_mfu: The same in forward passes.
     """
 
     host_s_per_layer: float
     startup_s: float
-    learn_flops_per_s: float
-    forward_flops_per_s: float
+    learn_mfu: float
+    forward_mfu: float
 
 
 class CannotPredict(ValueError):
@@ -89,7 +86,7 @@ class Setting:
     Attributes:
         record: The record.
         gpu: Its GPU in the parameter table.
-        engine_class: vllm-eager, vllm-graphs or sglang.
+        engine_class: vllm-eager, vllm-eager-lora, vllm-graphs or sglang.
         model: Name of the architecture.
         gpus: GPUs of the job.
         tensor_parallel: GPUs an engine.
@@ -126,7 +123,17 @@ class Setting:
     @property
     def preset(self) -> str:
         """The engine preset that the class goes by."""
-        return "vllm-0.8-eager" if self.engine_class == "vllm-eager" else "vllm-current"
+        return "vllm-0.8-eager" if self.eager else "vllm-current"
+
+    @property
+    def eager(self) -> bool:
+        """Whether the engine launches kernel by kernel."""
+        return self.engine_class.startswith("vllm-eager")
+
+    @property
+    def learner_parallel(self) -> int:
+        """GPUs that share the sequences or layers of a data-parallel rank of the learner."""
+        return self.record.count("learner_parallel") or 1
 
 
 # --- from a record to a setting ---
@@ -159,6 +166,8 @@ def setting_of(record: Record) -> Setting:
     tensor_parallel = _tensor_parallel(record.texts["engine"], gpus, assumed)
     lora = re.search(r"lora\D{0,6}(\d*)", record.texts["train_engine"].lower())
     lora_rank = int(lora[1] or LORA_RANK) if lora else 0
+    if lora_rank and engine_class == "vllm-eager":
+        engine_class = "vllm-eager-lora"  # adapters are kernels of their own: vLLM launches more a layer
     return Setting(
         record, gpu, engine_class, model, gpus, tensor_parallel, prompts, samples, cap, mean, longest,
         prompt_tokens, lora_rank, tuple(assumed),
@@ -311,47 +320,79 @@ def response_tokens(setting: Setting, count: int) -> list[int]:
 # --- predicting ---
 
 
-def _costs(setting: Setting, constants: Constants, utilization: float | None = None) -> Costs:
-    """The simulator's cost model of the setting, with these constants in place of the shipped ones."""
-    host = "launch_s_per_layer" if setting.engine_class == "vllm-eager" else "overhead_s_per_layer"
-    mfu = {
-        "learn_mfu": _mfu(setting.gpu, constants.learn_flops_per_s),
-        "forward_mfu": _mfu(setting.gpu, constants.forward_flops_per_s),
-    }
+def _costs(setting: Setting, constants: Constants, utilization: float | None = None, *, adapters: bool = True) -> Costs:
+    """The simulator's cost model of the setting, with these constants in place of the shipped ones.
+
+    *adapters* is whether those of LoRA take part.
+    """
+    record = setting.record
+    host = "launch_s_per_layer" if setting.eager else "overhead_s_per_layer"
+    units = 1 + LORA_UNITS * (adapters and setting.lora_rank > 0)
+    mfu = {"learn_mfu": constants.learn_mfu, "forward_mfu": constants.forward_mfu}
     parameters = Parameters({
         "engine": {setting.preset: {host: constants.host_s_per_layer}}, "gpu": {setting.gpu: mfu},
+        "learner": {"layer_overhead_s": units * _shipped("learner.layer_overhead_s")},
     })  # fmt: skip
     node = next(n for n in parameters.names_in("node") if parameters.name(f"node.{n}.gpu") == setting.gpu)
     node_type = NodeType.load(node, parameters)
     job = Job(
         model=setting.model, prompts_per_step=setting.prompts, responses_per_prompt=setting.samples,
-        dataset_prompts=setting.prompts, mini_batch_prompts=max(1, setting.prompts // MINI_BATCHES),
+        dataset_prompts=setting.prompts, mini_batch_prompts=_mini_batch_prompts(setting),
         max_response_tokens=setting.cap, learner_offload=True, lora_rank=setting.lora_rank,
+        activation_checkpointing=record.texts["checkpointing"] != "no",
+        learner_strategy="megatron" if "megatron" in record.texts["train_engine"].lower() else "fsdp",
     )  # fmt: skip
+    # Not validated: beside Megatron's tensor parallelism this stands for sequence parallelism under FSDP.
+    job = job.model_copy(update={"learner_tensor_parallel": setting.learner_parallel})
     spec = EngineSpec(preset=setting.preset, gpu_memory_utilization=utilization)
     return Costs(job, spec, node_type, -(-setting.gpus // node_type.gpus), parameters)
 
 
-def _mfu(gpu: str, flops_per_s: float) -> float:
-    """Share of the GPU's peak, of which it cannot do more."""
-    return min(flops_per_s / _shipped(f"gpu.{gpu}.peak_flops"), 1.0)
+def _mini_batch_prompts(setting: Setting) -> int:
+    stated = setting.record.count("mini_batch_prompts")
+    return min(stated, setting.prompts) if stated else max(1, setting.prompts // MINI_BATCHES)
+
+
+def _micro_batch_tokens(setting: Setting, prompts: int) -> int:
+    """Tokens of a GPU's micro-batch where *prompts* make a batch."""
+    responses, stated = setting.record.count("micro_batch_responses"), setting.record.count("micro_batch_tokens")
+    if responses is None:
+        return stated or MICRO_BATCH_TOKENS
+    count = math.ceil(prompts * setting.samples * setting.learner_parallel / setting.gpus / responses)
+    tokens = prompts * setting.samples * (setting.mean + setting.prompt_tokens) / setting.gpus
+    return math.ceil(tokens / (count - 0.5))  # half a micro-batch of room: shares are not quite equal
 
 
 def predict_s(setting: Setting, stage: str, constants: Constants) -> float:
     """Seconds of a stage."""
     if stage == "generation":
         return constants.startup_s + _engine_s(setting, constants)
-    costs, count = _costs(setting, constants), setting.record.passes(stage)
     lengths = _in_random_order(response_tokens(setting, setting.prompts * setting.samples), setting)
     tokens = [round(setting.prompt_tokens) + length for length in lengths]
-    if stage == "update":
-        return count * costs.learn_s(tokens, setting.gpus, costs.nodes)
-    return count * _forward_s(costs, tokens, setting.gpus)
+    columns = [column for column in STAGES[stage] if column in setting.record.numbers]
+    return sum(_pass_s(setting, column, tokens, constants) for column in columns)
 
 
-def _forward_s(costs: Costs, tokens: Sequence[int], gpus: int) -> float:
-    """One forward pass of the actor over all tokens."""
-    return costs.learning.score_s(costs.learning.scorers()[0], np.asarray(tokens, dtype=np.float64), gpus)
+def _pass_s(setting: Setting, column: str, tokens: Sequence[int], constants: Constants) -> float:
+    """A model's update, or its forward pass: the reference is the actor without its adapters."""
+    costs = _costs(setting, constants, adapters=column != "ref_s")
+    learning, gpus = costs.learning, setting.gpus
+    if column.startswith("update"):
+        limit = setting.learner_parallel * _micro_batch_tokens(setting, _mini_batch_prompts(setting))
+        learning.job = learning.job.model_copy(update={"micro_batch_tokens": limit})
+        return learning.learn_s(tokens, gpus, costs.nodes) + _offload_s(
+            setting, costs, costs.memory.learner_bytes(gpus)
+        )
+    limit = _micro_batch_tokens(setting, setting.prompts)
+    learning.job = learning.job.model_copy(update={"micro_batch_tokens": limit})
+    forward_s = learning.score_s(learning.scorers()[0], np.asarray(tokens, dtype=np.float64), gpus)
+    weights = _shipped("learner.frozen_bytes_per_parameter") * learning.model.parameters / gpus
+    return forward_s + _offload_s(setting, costs, weights)
+
+
+def _offload_s(setting: Setting, costs: Costs, gpu_bytes: float) -> float:
+    """From host memory and back, where the record says that verl's offload is on: it is inside the stages' times."""
+    return 2 * gpu_bytes / costs.node.host_bytes_per_s if setting.record.texts["offload"] == "yes" else 0.0
 
 
 def _engine_s(setting: Setting, constants: Constants) -> float:
@@ -359,7 +400,7 @@ def _engine_s(setting: Setting, constants: Constants) -> float:
     costs, tensor_parallel = _that_fits(setting, constants)
     engines = max(1, setting.gpus // tensor_parallel)
     lengths = _in_random_order(response_tokens(setting, setting.prompts * setting.samples), setting)
-    times, blocks = costs.times(tensor_parallel), costs.kv_blocks(tensor_parallel, setting.gpus)
+    times, blocks = costs.times(tensor_parallel), costs.memory.kv_blocks(tensor_parallel, setting.gpus)
     ends = [round(len(lengths) * i / engines) for i in range(engines + 1)]
     slowest_s = 0.0
     for start, end in itertools.pairwise(ends):
@@ -382,10 +423,10 @@ def _that_fits(setting: Setting, constants: Constants) -> tuple[Costs, int]:
     needed = -(-(round(setting.prompt_tokens) + setting.longest) // BLOCK_TOKENS) + 1
     most = setting.tensor_parallel if "tensor parallel" not in setting.assumed else min(NODE_GPUS, setting.gpus)
     sizes = [n for n in range(setting.tensor_parallel, most + 1) if setting.gpus % n == 0 and n & (n - 1) == 0]
-    for utilization in (None, MOST_UTILIZATION):
+    for utilization in (setting.record.numbers.get("gpu_memory_utilization"), MOST_UTILIZATION):
         costs = _costs(setting, constants, utilization)
         for size in sizes or [setting.tensor_parallel]:
-            if costs.kv_blocks(size, setting.gpus) >= needed:
+            if costs.memory.kv_blocks(size, setting.gpus) >= needed:
                 return costs, size
     raise CannotPredict(
         f"{setting.model} with its longest response does not fit on {sizes[-1:]} x {setting.gpu} an engine"
@@ -409,11 +450,21 @@ class Fit:
 
     values: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
+    def without(self, logs: Collection[str]) -> Fit:
+        """What the other logs give."""
+        left: dict[str, dict[str, dict[str, float]]] = {}
+        for constant, classes in self.values.items():
+            for name, found in classes.items():
+                kept = {log: value for log, value in found.items() if log not in logs}
+                if kept:
+                    left.setdefault(constant, {})[name] = kept
+        return Fit(left)
+
     def value(self, constant: str, class_name: str) -> float:
-        """The median over the class's logs; over all logs where it has none."""
-        by_class = self.values.get(constant, {})
-        logs = by_class.get(class_name) or by_class.get(POOLED) or _all_logs(by_class)
-        return statistics.median(logs.values()) if logs else _unfitted(constant)
+        """The median over the class's logs; where it has none, over all classes, one vote each."""
+        medians = {name: statistics.median(logs.values()) for name, logs in self.values.get(constant, {}).items()}
+        pooled = statistics.median(medians.values()) if medians else _unfitted(constant)
+        return medians.get(class_name, medians.get(POOLED, pooled))
 
     def constants(self, setting: Setting) -> Constants:
         """For one record."""
@@ -422,23 +473,20 @@ class Fit:
             host = _shipped("engine.vllm-current.overhead_s_per_layer")  # it has a source of its own
         return Constants(
             host, self.value("startup_s", setting.engine_class),
-            self.value("learn_flops_per_s", setting.gpu), self.value("forward_flops_per_s", setting.gpu),
+            self.value("learn_mfu", setting.gpu), self.value("forward_mfu", setting.gpu),
         )  # fmt: skip
 
     def to_toml(self) -> str:
         """The `[class.*]` sections of the parameter table."""
         classes: dict[str, list[str]] = {}
         for constant, by_class in self.values.items():
-            for name, logs in (*by_class.items(), (POOLED, _all_logs(by_class))):
-                value = float(f"{statistics.median(logs.values()):.4g}")
-                each = "; ".join(f"{log}: {v:.4g}" for log, v in logs.items())
+            for name in (*by_class, POOLED):
+                logs = by_class.get(name, {})
+                each = "; ".join(f"{log}: {v:.4g}" for log, v in logs.items()) or "the median over classes"
+                value = float(f"{self.value(constant, name):.4g}")
                 line = f'{constant:16} = {{ value = {value!r}, unit = "{UNITS[constant]}", status = "derived", '
                 classes.setdefault(name, []).append(f'{line}source = "fitted by simrl.experiments.records; {each}" }}')
         return "\n\n".join(f"[class.{name}]\n" + "\n".join(lines) for name, lines in classes.items())
-
-
-def _all_logs(by_class: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {log: value for logs in by_class.values() for log, value in logs.items()}
 
 
 @functools.cache
@@ -463,7 +511,7 @@ def _unfitted(constant: str) -> float:
         return _shipped("engine.vllm-0.8-eager.launch_s_per_layer")
     if constant == "startup_s":
         return _shipped("switch.engine_wake_s")
-    return _shipped("gpu.h100.peak_flops") * _shipped(f"gpu.h100.{constant.partition('_')[0]}_mfu")
+    return _shipped(f"gpu.h100.{constant}")
 
 
 def fit(records: Iterable[Record]) -> Fit:
@@ -505,30 +553,10 @@ def try_setting(record: Record) -> Setting | None:
 
 def solve(setting: Setting, stage: str, constant: str, startup_s: float) -> float | None:
     """The constant's value with which the stage takes what was measured; None if none does."""
-    key = replace(setting, assumed=())
-    return _solve(_Hashable(key), stage, constant, startup_s)
-
-
-@dataclass(frozen=True)
-class _Hashable:
-    """A setting by its record's measured values and facts, for the cache."""
-
-    setting: Setting
-
-    def __hash__(self) -> int:
-        return hash((self.setting.record.name, self.setting.record.measured))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and other.setting == self.setting
-
-
-@functools.cache
-def _solve(hashable: _Hashable, stage: str, constant: str, startup_s: float) -> float | None:
-    setting = hashable.setting
     measured_s = setting.record.seconds(stage)
     if measured_s is None:
         return None
-    neutral = Constants(1e-6, startup_s, 1e14, 1e14)
+    neutral = Constants(1e-6, startup_s, 0.3, 0.3)
 
     @functools.cache
     def excess(log_value: float) -> float:
@@ -566,41 +594,34 @@ class Nulls:
         )
 
 
-def fit_nulls(
-    records: Sequence[Record], stages: Iterable[str] = ("generation", "log_probs", "update", "values")
-) -> Nulls:
+def fit_nulls(records: Sequence[Record], stages: Iterable[str] = tuple(STAGES)) -> Nulls:
     """Both null models on records whose lengths are known."""
+    settings = [s for s in map(try_setting, (r for r in records if r.knows_lengths)) if s is not None]
     tokens, line = {}, {}
     for stage in stages:
-        rows = [
-            (log, s.tokens / s.gpus, s.longest, seconds / record.passes(stage))
-            for log, members in by_log([r for r in records if r.knows_lengths]).items()
-            for record in members
-            if (s := try_setting(record)) is not None and (seconds := record.seconds(stage)) is not None
-        ]
-        if rows:
-            tokens[stage] = _median_of_logs(rows, lambda row: row[3] / row[1])
-            line[stage] = _line(rows)
+        rows = pd.DataFrame(
+            [
+                (s.record.log, s.tokens / s.gpus, s.longest, seconds / s.record.passes(stage))
+                for s in settings
+                if (seconds := s.record.seconds(stage)) is not None
+            ],
+            columns=["log", "tokens", "longest", "seconds"],
+        )
+        if len(rows):
+            logs = rows.groupby("log")
+            tokens[stage] = float((rows.seconds / rows.tokens).groupby(rows.log).median().median())
+            line[stage] = _line(rows.longest, rows.seconds, 1 / rows.seconds / np.sqrt(logs.seconds.transform("size")))
     return Nulls(tokens, line)
 
 
-Row = tuple[str, float, float, float]
-"""log, tokens a GPU, longest, seconds a pass"""
-
-
-def _median_of_logs(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
-    logs: dict[str, list[float]] = {}
-    for row in rows:
-        logs.setdefault(row[0], []).append(value(row))
-    return statistics.median(statistics.median(values) for values in logs.values())
-
-
-def _line(rows: Sequence[Row]) -> tuple[float, float]:
-    """Least squares of relative errors, each log of the same weight; level where all are equally long."""
-    members = {log: sum(row[0] == log for row in rows) for log, *_ in rows}
-    weight = np.array([1 / seconds / math.sqrt(members[log]) for log, _, _, seconds in rows])
-    longest = np.array([row[2] for row in rows], dtype=float)
-    target = np.array([row[3] for row in rows]) * weight
-    columns = [weight, longest * weight] if len(set(longest)) > 1 else [weight]
-    found = np.linalg.lstsq(np.stack(columns, axis=1), target, rcond=None)[0]
-    return float(found[0]), float(found[1]) if len(found) > 1 else 0.0
+def _line(longest: pd.Series[int], seconds: pd.Series[float], weight: pd.Series[float]) -> tuple[float, float]:
+    """(Intercept, slope) by least squares of relative errors, each log of the same weight; level if all are equal."""
+    slope, intercept = (
+        np.polyfit(longest, seconds, 1, w=weight)
+        if longest.nunique() > 1
+        else (
+            0.0,
+            float(np.polyfit(longest, seconds, 0, w=weight)[0]),
+        )
+    )
+    return float(intercept), float(slope)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from simrl.experiments.record_file import STAGES, Record, by_log, read_records, shipped_records
+from simrl.experiments.record_file import SETTINGS, STAGES, SWITCHES, Record, by_log, read_records, shipped_records
 from simrl.experiments.record_model import (
     MEAN_RANGE,
     CannotPredict,
@@ -109,16 +110,10 @@ class RecordValidation:
 
     def median_abs_error(self, of: str = "simulated", keep: Callable[[Row], bool] = lambda _: True) -> dict[str, float]:
         """By stage, over logs, of the median within each log of |relative error|: one vote a log."""
-        found: dict[str, dict[str, list[float]]] = {}
-        for row in self.rows:
-            error = row.error(of)
-            if keep(row) and error is not None:
-                found.setdefault(row.stage, {}).setdefault(row.log, []).append(abs(error))
-        return {
-            stage: statistics.median(statistics.median(errors) for errors in found[stage].values())
-            for stage in STAGES
-            if stage in found
-        }
+        errors = [(row.stage, row.log, abs(e)) for row in self.rows if keep(row) and (e := row.error(of)) is not None]
+        by_log = pd.DataFrame(errors, columns=["stage", "log", "error"]).groupby(["stage", "log"]).error.median()
+        medians = by_log.groupby("stage").median()
+        return {stage: float(medians[stage]) for stage in STAGES if stage in medians}
 
     def logs(self, keep: Callable[[Row], bool] = lambda _: True) -> dict[str, int]:
         """Number of logs by stage."""
@@ -157,18 +152,27 @@ def validate_records(path: Path) -> RecordValidation:
     return validate(read_records(path), shipped_records())
 
 
-def validate(records: Sequence[Record], shipped: Sequence[Record]) -> RecordValidation:
-    """As `validate_records`. Steps that are shipped of a log in *records* are predicted with it."""
+def validate(records: Sequence[Record], shipped: Sequence[Record], *, by_source: bool = False) -> RecordValidation:
+    """As `validate_records`. Steps that are shipped of a log in *records* are predicted with it.
+
+    With *by_source* all logs of the same repository are left out together.
+    """
     copies = _copies(records, shipped)
+    whole = fit(shipped) if any(copies.values()) else Fit()
     skipped = []
     rows: list[Row] = []
     for log, members in by_log(records).items():
         same = copies[log]
+        copied = set(same)
+        if by_source:
+            same |= {record.log for record in shipped if record.log.split()[0] == log.split()[0]}
         others = [record for record in shipped if record.log not in same]
-        fitted = fit(others) if same else shipped_fit()
+        fitted = whole.without(same) if same else shipped_fit()
         nulls = fit_nulls(others)
-        steps = [r for r in shipped if r.log in same and r.step is not None and r.name not in {m.name for m in members}]
-        for record in (*(_dated(member, shipped) for member in members), *steps):
+        steps = [
+            r for r in shipped if r.log in copied and r.step is not None and r.name not in {m.name for m in members}
+        ]
+        for record in (*(_completed(member, shipped, copied) for member in members), *steps):
             try:
                 rows += _rows(record, log, fitted, nulls)
             except CannotPredict as reason:
@@ -176,11 +180,16 @@ def validate(records: Sequence[Record], shipped: Sequence[Record]) -> RecordVali
     return RecordValidation(tuple(rows), tuple(_within_logs(records)), tuple(skipped))
 
 
-def _dated(record: Record, shipped: Sequence[Record]) -> Record:
-    """A copy of a shipped record has its date, if it says none."""
-    dates = (r.texts["date"] for r in shipped if r.name == record.name or r.measured == record.measured)
-    date = record.texts["date"] or next(dates, "")
-    return replace(record, texts={**record.texts, "date": date})
+def _completed(record: Record, shipped: Sequence[Record], same: set[str]) -> Record:
+    """What a record of a shipped log does not say of its settings is as in the log's others."""
+    numbers, texts = dict(record.numbers), dict(record.texts)
+    for other in (r for r in shipped if r.log in same):
+        known = (*SETTINGS, "prompts_per_step", "responses_per_prompt")
+        numbers = {column: other.numbers[column] for column in known if column in other.numbers} | numbers
+        texts |= {column: other.texts[column] for column in ("date", *SWITCHES) if not texts[column]}
+        if other.texts["engine"].startswith(texts["engine"]):
+            texts["engine"] = other.texts["engine"]
+    return replace(record, texts=texts, numbers=numbers)
 
 
 def _copies(records: Sequence[Record], shipped: Sequence[Record]) -> dict[str, set[str]]:
@@ -324,10 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the shipped records' validation, or with --fit the sections of the parameter table that they give."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true")
-    if parser.parse_args(arguments).fit:
-        print(fit(shipped_records()).to_toml())
+    parser.add_argument("--by-source", action="store_true", help="leave out all logs of a repository together")
+    given, shipped = parser.parse_args(arguments), shipped_records()
+    if given.fit:
+        print(fit(shipped).to_toml())
     else:
-        Console().print(of_records(validate(shipped_records(), shipped_records())))
+        Console().print(of_records(validate(shipped, shipped, by_source=given.by_source)))
 
 
 if __name__ == "__main__":

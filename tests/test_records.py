@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from simrl.cli import main
 from simrl.experiments.config import ConfigError
-from simrl.experiments.derive_verl_steps import row, steps
+from simrl.experiments.derive_verl_steps import steps
 from simrl.experiments.record_file import Record, by_log, parse_records, shipped_records
 from simrl.experiments.record_model import (
     CannotPredict,
@@ -186,7 +186,7 @@ def test_an_unknown_mean_is_inferred_from_the_other_stages_alone(stage: str) -> 
     unknown = {"response_mean_tokens": "", "response_max_tokens": "", "max_response_tokens": 16384, "ref_s": ""}
     drawn = with_mean(setting(**unknown), 0.7)
     columns = {"generation": "gen_s", "log_probs": "old_log_prob_s", "update": "update_actor_s"}
-    constants = Constants(1.4e-3, 2.0, 1e14, 1.5e14)
+    constants = Constants(1.4e-3, 2.0, 0.1, 0.15)
     times = {column: f"{predict_s(drawn, name, constants):.6g}" for name, column in columns.items()}
     found = setting(**unknown, **times | {columns[stage]: 2 * float(times[columns[stage]])})
     assert with_inferred_mean(found, stage, constants).mean == pytest.approx(700, rel=0.02)
@@ -197,7 +197,63 @@ def test_an_unknown_mean_is_inferred_from_the_other_stages_alone(stage: str) -> 
 
 def test_a_mean_that_is_known_stays() -> None:
     known = setting()
-    assert with_inferred_mean(known, "update", Constants(1.4e-3, 2.0, 1e14, 1.5e14)) is known
+    assert with_inferred_mean(known, "update", Constants(1.4e-3, 2.0, 0.1, 0.15)) is known
+
+
+def stated(**fields: object) -> Setting:
+    """A record with columns beside those of `HEADER`."""
+    header = ",".join((HEADER, *fields))
+    return setting_of(records(",".join((changed(), *map(str, fields.values()))), header=header)[0])
+
+
+ONLY_LAYERS = Constants(1e-3, 0, 1.0, 1.0)
+
+
+def update_s(**fields: object) -> float:
+    return predict_s(stated(**fields), "update", ONLY_LAYERS)
+
+
+def test_stated_micro_batches_cost_their_layers() -> None:
+    # 64 prompts in 4 parts of 10 responses a GPU: 1 micro-batch of 10, or 10 of 1. Each of the 9 more has 4 passes
+    # (checkpointing) over 28 layers of 1 ms; communication between the GPUs of a node adds to it.
+    more_s = update_s(micro_batch_responses=1) - update_s(micro_batch_responses=10)
+    assert more_s > 4 * 9 * 4 * 28 * 1e-3
+    assert update_s(micro_batch_responses=10) == update_s(micro_batch_responses=11), "both are one"
+    assert update_s(micro_batch_responses=1, mini_batch_prompts=64) < update_s(micro_batch_responses=1) * 1.01
+    many, one = update_s(micro_batch_responses=10), update_s(micro_batch_responses=40, mini_batch_prompts=64)
+    assert many > one, "four optimizer steps and micro-batches against one"
+
+
+def test_a_pass_less_without_checkpointing() -> None:
+    # The busiest GPU's FLOPs at 4/3 of the peak, in units of a forward pass: 4 with checkpointing, 3 without.
+    four_s, three_s = (update_s(checkpointing=c, micro_batch_responses=10) for c in ("yes", "no"))
+    layers_s = 4 * 28 * 1e-3  # of one pass, 4 micro-batches
+    compute_s = 2 * 7.07e9 * 40 * (200 + 100) / (4 / 3 * 989e12)
+    assert four_s - three_s == pytest.approx(layers_s + compute_s, rel=0.1)
+
+
+def test_offload_moves_the_state_there_and_back() -> None:
+    # 12 bytes of 7.6e9 weights over 8 GPUs at 50e9 B/s, twice.
+    assert update_s(offload="yes") - update_s(offload="no") == pytest.approx(2 * 12 * 7.62e9 / 8 / 50e9, rel=0.01)
+
+
+def test_a_lora_learner_waits_for_the_units_of_its_adapters() -> None:
+    # One micro-batch of 40 responses; 28 layers x 14 units x 1 ms in old log-probs, none in the reference's.
+    def forward_s(train_engine: str, **unknown: str) -> float:
+        return predict_s(setting(train_engine=train_engine, **unknown), "log_probs", ONLY_LAYERS)
+
+    assert forward_s("FSDP LoRA32", ref_s="") - forward_s("FSDP", ref_s="") == pytest.approx(28 * 14 * 1e-3, rel=0.1)
+    assert forward_s("FSDP LoRA32", old_log_prob_s="") == pytest.approx(forward_s("FSDP", old_log_prob_s=""))
+    assert setting(train_engine="FSDP LoRA32").engine_class == "vllm-eager-lora"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [("checkpointing", "maybe", "must be yes or no"), ("gpu_memory_utilization", 1.5, "must be at most 1")],
+)
+def test_settings_that_are_none_are_refused(column: str, value: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"file\.csv: line 2: {column}=.*{told}"):
+        stated(**{column: value})
 
 
 def test_lengths_that_are_unknown_are_assumed_and_marked() -> None:
@@ -231,17 +287,17 @@ def test_lengths_have_the_mean_and_the_longest(mean: float, spread: float, cap_s
 def test_an_engine_that_launches_slowly_takes_its_launches() -> None:
     # 8 GPUs at TP 2 are 4 engines with 2 responses each, all of 100 tokens: a prefill and 99 decodes.
     found = setting(prompts_per_step=4, responses_per_prompt=2, response_mean_tokens=100, response_max_tokens=100)
-    seconds = predict_s(found, "generation", Constants(1e-2, 2.5, 1e14, 1e14))
+    seconds = predict_s(found, "generation", Constants(1e-2, 2.5, 0.1, 0.1))
     assert seconds == pytest.approx(2.5 + 100 * 1e-2 * load_model("qwen2.5-7b").layers)
 
 
 def test_log_probs_take_a_pass_for_each_measured_part_at_the_given_rate() -> None:
     both, one = setting(), setting(ref_s="")
-    constants = Constants(1e-3, 0, 1e14, 1e14)
+    constants = Constants(1e-3, 0, 0.1, 0.1)
     once_s = predict_s(one, "log_probs", constants)
     assert predict_s(both, "log_probs", constants) == pytest.approx(2 * once_s)
     # 40 sequences of some 300 tokens a GPU; linear layers and head of Qwen2.5-7B have 7.07e9 weights.
-    compute_s = 2 * 7.07e9 * 40 * (200 + 100) / 1e14
+    compute_s = 2 * 7.07e9 * 40 * (200 + 100) / (0.1 * 989e12)
     assert compute_s < once_s < 1.3 * compute_s
 
 
@@ -259,14 +315,16 @@ def synthetic(log: str, constants: Constants, **fields: object) -> list[Record]:
 
 
 def test_a_fit_finds_the_constants_that_made_the_records() -> None:
-    h100, h20 = Constants(2e-3, 1.5, 2e14, 3e14), Constants(1e-3, 3.5, 1e14, 1.2e14)
-    found = fit([*synthetic("x", h100), *synthetic("y", h20, gpu_type="H20")])
-    assert found.value("learn_flops_per_s", "h100") == pytest.approx(2e14, rel=0.01)
-    assert found.value("forward_flops_per_s", "h100") == pytest.approx(3e14, rel=0.01)
-    assert found.value("learn_flops_per_s", "h20") == pytest.approx(1e14, rel=0.01)
-    assert found.value("learn_flops_per_s", "l40s") == pytest.approx(1.5e14, rel=0.01), "pooled over logs"
-    assert found.value("host_s_per_layer", "vllm-eager") == pytest.approx(1.5e-3, rel=0.01), "median of its logs"
-    assert found.value("startup_s", "vllm-eager") == pytest.approx(2.5)
+    h100, h20 = Constants(2e-3, 1.5, 0.2, 0.3), Constants(1e-3, 3.5, 0.4, 0.5)
+    found = fit([*synthetic("x", h100), *synthetic("y", h20, gpu_type="H20"), *synthetic("z", h100)])
+    assert found.value("learn_mfu", "h100") == pytest.approx(0.2, rel=0.01)
+    assert found.value("forward_mfu", "h100") == pytest.approx(0.3, rel=0.01)
+    assert found.value("learn_mfu", "h20") == pytest.approx(0.4, rel=0.01)
+    assert found.value("learn_mfu", "l40s") == pytest.approx(0.3, rel=0.01), "pooled: a vote for each class"
+    assert found.value("host_s_per_layer", "vllm-eager") == pytest.approx(2e-3, rel=0.01), "median of its logs"
+    assert found.value("startup_s", "vllm-eager") == pytest.approx(1.5)
+    left = found.without({"x", "z"})
+    assert left.value("learn_mfu", "h100") == pytest.approx(0.4, rel=0.01), "h20's, the only class that is left"
 
 
 def test_rows_without_lengths_or_that_no_value_meets_are_not_fitted() -> None:
@@ -307,7 +365,7 @@ def test_one_vote_a_log() -> None:
 
 def small() -> list[Record]:
     """Three made-up logs."""
-    h100, slow = Constants(2e-3, 1.5, 2e14, 3e14), Constants(1e-3, 3.5, 1e14, 1.2e14)
+    h100, slow = Constants(2e-3, 1.5, 0.2, 0.3), Constants(1e-3, 3.5, 0.4, 0.5)
     return [*synthetic("x", h100), *synthetic("y", slow), *synthetic("z", slow, gpu_type="H20")]
 
 
@@ -327,6 +385,15 @@ def test_what_a_log_measured_does_not_help_to_predict_it() -> None:
     assert predictions(after.rows, "y") != predictions(before.rows, "y"), "y is of x's class"
 
 
+def test_logs_of_one_repository_can_be_left_out_together() -> None:
+    shipped = [replace(r, log=f"{'a' if r.log in 'xy' else 'b'}/repository {r.log}") for r in small()]
+    slower = {"gen_s": 99.0, "update_actor_s": 99.0, "old_log_prob_s": 99.0}
+    changed_y = [replace(r, numbers=r.numbers | slower) if r.log.endswith("y") else r for r in shipped]
+    first, second = (validate(all_of, all_of, by_source=True).rows for all_of in (shipped, changed_y))
+    assert predictions(first, "a/repository x") == predictions(second, "a/repository x"), "y does not help x"
+    assert predictions(first, "b/repository z") != predictions(second, "b/repository z")
+
+
 def test_a_renamed_copy_of_a_shipped_log_is_left_out_as_well() -> None:
     shipped = small()
     renamed = [replace(r, log="copy") if r.log == "x" else r for r in shipped]
@@ -339,6 +406,18 @@ def test_other_records_of_a_shipped_log_do_not_get_its_constants() -> None:
     others = [replace(r, name=f"new {r.name}", numbers=r.numbers | slower) for r in shipped if r.log == "x"]
     expected = predictions(validate([r for r in shipped if r.log == "x"], shipped).rows, "x")
     assert predictions(validate(others, shipped).rows, "x") == pytest.approx(expected, rel=0.01)
+
+
+def test_a_copy_without_settings_has_those_of_the_shipped_log() -> None:
+    texts = {"checkpointing": "no", "engine": "verl+vLLM 0.8 TP4 enforce_eager", "date": "2025-06-18"}
+    shipped = [
+        replace(
+            r, texts={**r.texts, **texts}, numbers=r.numbers | {"mini_batch_prompts": 16, "micro_batch_responses": 4}
+        )
+        for r in small()
+    ]
+    bare = [replace(r, texts={**r.texts, "engine": "verl+vLLM 0.8"}) for r in small() if r.log == "x"]
+    assert predictions(validate(bare, shipped).rows, "x") == predictions(validate(shipped, shipped).rows, "x")
 
 
 def test_steps_that_are_shipped_of_a_log_come_with_it() -> None:
@@ -400,28 +479,25 @@ def test_json_has_rows_medians_and_reasons(tmp_path: Path, capsys: pytest.Captur
 # --- the log's importer ---
 
 
-def test_a_step_of_a_log_by_hand() -> None:
-    line = (
+def test_a_step_of_a_log_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(
+        "step:0 - val-core/x:0.5\n"
         "\x1b[36m(TaskRunner pid=1)\x1b[0m step:3 - response_length/mean:np.float64(150.0) - response_length/max:900.0"
         " - prompt_length/mean:100.0 - timing_s/gen:20.5 - timing_s/reshard:2.0 - timing_s/step:100.0"
         " - timing_s/testing:30.0 - timing_s/save_checkpoint:10.0 - perf/total_num_tokens:80000"
-        " - perf/time_per_step:100.0 - perf/throughput:100.0"
+        " - perf/time_per_step:100.0 - perf/throughput:100.0\n",
+        encoding="utf-8",
     )
-    ((number, metrics),) = steps(["step:0 - val-core/x:0.5", line])
-    found = row(number, metrics, responses_per_prompt=5)
-    assert found["gen_s"] == 20.5
+    (found,) = steps(tmp_path / "log", {"record": "a", "responses_per_prompt": "5"}).to_dict("records")
+    assert (found["record"], found["gen_s"], found["reshard_s"]) == ("a-3", 20.5, 2.0)
     assert found["step_s"] == 60.0, "without testing and checkpoint"
     assert found["gpus"] == 8, "80000 tokens / (100 s x 100 tokens/s/GPU)"
     assert found["prompts_per_step"] == 64, "80000 / 250 / 5"
-    ((_, old),) = steps(
-        ["step:1 - timing/gen:4.5 - response_length/mean:1 - response_length/max:2 - prompt_length/mean:3"]
-    )
-    assert row(1, old, 1)["gen_s"] == 4.5
 
 
 def test_the_shipped_steps_agree_with_the_shipped_medians() -> None:
     logs = by_log(shipped_records())
-    members = next(rows for rows in logs.values() if any(r.step is not None for r in rows))
+    members = logs["diqiuzhuanzhuan/verldata qwen2-7b_math.log"]
     early = next(r for r in members if r.step is None)
     first = sorted(r.numbers["update_actor_s"] for r in members if r.step in range(2, 12))
     assert (first[4] + first[5]) / 2 == pytest.approx(early.numbers["update_actor_s"], abs=0.1)

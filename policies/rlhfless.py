@@ -2,34 +2,33 @@
 
 Source: RLHFless (arXiv 2602.22718), whose abstract and summaries are what we could read; the authors' code is not
 public. Theirs: deduplicated prefill, assignment by EWMA-predicted length, actor scaling by a weighted sum of time and
-cost, cut-and-migrate at a completion ratio, placement of heavy actors beside the learner, prewarming. Our
-reconstruction: everything that they leave open, namely the numbers' defaults, the expected maximum in T(N), that an
-actor without work is parked (not ended, since a cold start takes longer than a step), that otherwise idle learner
-functions serve as prefill actors, when parking pays, and what is done about lost functions
-(`simrl.policies.recovery`).
+cost, cut-and-migrate at a completion ratio, placement of prefill and heavy actors beside the learner, prewarming. Our
+reconstruction: everything that they leave open, namely the numbers' defaults, the distribution behind T(N)
+(`simrl.policies.prediction`, `simrl.policies.scaling`), that an actor without work is parked (not ended, since a cold
+start takes longer than a step), that learner functions which do not decode are the prefill functions, and are used
+where prefilling on the actors is estimated to be worse, when parking pays, and what is done about lost functions
+(`simrl.policies.recovery`). Each technique, and where it wins and does not, is in docs/policies.md.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.special import ndtr
 
 from simrl.policies.contract import (
     Assign,
     At,
     CompletionRatio,
     Decision,
-    FinishedStep,
     FunctionIdle,
+    FunctionLost,
     Learn,
     Migrate,
+    NodeReclaimed,
+    NodeReturned,
     Observation,
     Park,
     Prepare,
@@ -43,6 +42,7 @@ from simrl.policies.contract import (
     Trigger,
     Wake,
 )
+from simrl.policies.prediction import Forecast, Predictor, exact_forecast
 from simrl.policies.recovery import (
     Replacements,
     assign_dealt,
@@ -50,15 +50,14 @@ from simrl.policies.recovery import (
     lost_responses,
     nodes_that_are_up,
 )
+from simrl.policies.scaling import ActorScaling, Plan, best_plan, candidate_counts
 from simrl.policies.verl import responses_of, start_everywhere
 from simrl.traces.oracle import Oracle
 
-FloatArray = NDArray[np.float64]
 LEARNER: tuple[Role, ...] = ("prefill", "decode", "prepare", "learn")
 DECODER: tuple[Role, ...] = ("decode",)
-GRID_POINTS = 32  # lengths at which T(N) looks at who is still unfinished
+CHANGES = (StepStarted, FunctionLost, NodeReclaimed, NodeReturned)  # after which other functions may be there
 CORRECTION_WEIGHT = 0.3  # of the newest step; a step's maximum is noisy
-FIRST_SPREAD = 0.6  # sd of ln length before anything was observed; public chat and maths sets lie between 0.2 and 1
 
 
 class RLHFless:
@@ -76,12 +75,12 @@ class RLHFless:
             lengths: `ewma`, or `oracle`: true lengths of each prompt's responses, only where a trace is replayed.
             balance: Chunks of equally many prompts, as the paper says, or of equal predicted work.
             learner_gpus: GPUs that learn; None: all of them, as the baseline.
-            dedup_prefill: Prefill unique prompts on otherwise idle learner functions.
+            dedup_prefill: Prefill each prompt once, on learner functions that do not decode, where that pays.
             group_by_length: Put prompts of similar predicted length on one actor.
-            scale_actors: Choose the number of actors; off: all.
+            scale_actors: Choose the number of actors; off: all, less one for prefill where that pays.
             cut_and_migrate: See cut_threshold.
-            locality: Heaviest actors beside the learner.
-            prewarm: Wake parked functions in time for the predicted end of generation, not at it.
+            locality: Heaviest actors beside the learner, others only as far as they hide behind those.
+            prewarm: Start and wake functions in time for their next work, as history tells, not when it is there.
         """
 
         model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -107,14 +106,16 @@ class RLHFless:
             raise ValueError("policy.lengths=oracle needs a trace, whose lengths are known beforehand")
         self.functions: tuple[str, ...] = ()
         self.learners: tuple[str, ...] = ()
+        self.prefill_order: list[str] = []  # learners, the last one of the first node first
         self.pending_starts: dict[str, Start] = {}  # decode-only functions, started when first wanted
         self.actors: list[str] = []  # generating in this step and not cut
+        self.last_actors: tuple[str, ...] = ()  # of the newest step, cut ones too
         self.parked: set[str] = set()
         self.promised: dict[str, int] = {}  # free slots given away in this call, which observations cannot show
         self.generation_ends_s = 0.0  # predicted
-        self.wake_at_s = math.inf
+        self.wakes: dict[float, tuple[str, ...]] = {}  # when, and who
         self.began_s = self.predicted_s = 0.0
-        self.time_correction = 1.0  # realised over predicted generation time, smoothed over steps
+        self.time_correction: float | None = None  # realised over predicted generation time, smoothed over steps
         self.first_step_over = self.generating = False
         self.replacements = Replacements()
 
@@ -126,7 +127,8 @@ class RLHFless:
         self.promised = {}
         if not self.functions:
             decisions += self.set_up(observation)
-        self.look_around(observation)
+        if any(isinstance(event, CHANGES) for event in observation.events):
+            self.look_around(observation)
         for event in observation.events:
             match event:
                 case StepStarted(prompts=prompts):
@@ -135,12 +137,12 @@ class RLHFless:
                     decisions += self.cut(observation, function)
                 case FunctionIdle(function=str(function), after="drained"):
                     decisions += self.park(observation, [function] if function in self.actors else [])
-                case At(time_s=time_s) if time_s == self.wake_at_s:
-                    decisions += self.wake_learners()
+                case At(time_s=time_s):
+                    decisions += self.wake(self.wakes.pop(time_s, ()))
                 case StageFinished(stage="generation"):
                     decisions += self.finish_generation(observation)
                 case StageFinished(stage="preparation"):
-                    decisions += [Learn(self.learners), *self.park_decoders()]
+                    decisions += [Learn(self.learners), *self.park_decoders(), *self.prewarm_decoders(observation)]
         return decisions
 
     def recover(self, observation: Observation) -> list[Decision]:
@@ -162,7 +164,7 @@ class RLHFless:
         if targets:
             return [*decisions, *self.wake(names), *assign_dealt(responses, targets)]
         # A sync needs all learners awake.
-        wakes = [*self.wake_learners(), *self.wake(names)]
+        wakes = self.wake((*self.learners, *names))
         return [*decisions, *wakes, *self.replacements.reassign(observation, names)]
 
     def look_around(self, observation: Observation) -> None:
@@ -171,6 +173,9 @@ class RLHFless:
         waiting = {name for name, start in self.pending_starts.items() if start.node not in up}
         self.functions = tuple(name for name in self.replacements.present() if name not in waiting)
         self.learners = tuple(name for name in self.functions if "learn" in self.replacements.starts[name].roles)
+        node_of = {name: self.replacements.starts[name].node for name in self.learners}
+        beside = [name for name in self.learners if node_of[name] == node_of[self.learners[0]]]
+        self.prefill_order = sorted(self.learners, key=lambda name: name != beside[-1])
 
     def set_up(self, observation: Observation) -> list[Decision]:
         """Start the learner's functions; remember where decode-only ones could be started."""
@@ -188,36 +193,46 @@ class RLHFless:
                     f" {len(places) * observation.engine.tensor_parallel} GPUs"
                 )
             decoders = [Start(s.function, s.gpus, DECODER, s.node) for s in places[count:]]
-            self.pending_starts = {start.function: start for start in decoders}
+            if not self.params.prewarm:
+                self.pending_starts = {start.function: start for start in decoders}
             places = places[:count]
-        self.replacements = Replacements([*places, *self.pending_starts.values()])
+        else:
+            decoders = []
+        self.replacements = Replacements([*places, *decoders])
         triggers: list[Trigger] = [StageFinished("generation"), StageFinished("preparation"), FunctionIdle()]
         if self.params.cut_and_migrate and self.params.cut_threshold < 1:
             triggers += [CompletionRatio(self.params.cut_threshold, name) for name in self.replacements.starts]
-        return [*places, *map(Subscribe, triggers)]
+        starts = [start for name, start in self.replacements.starts.items() if name not in self.pending_starts]
+        return [*starts, *map(Subscribe, triggers)]
 
     def start_step(self, observation: Observation, prompts: Sequence[Prompt]) -> list[Decision]:
         """Predict, choose the number of actors, assign, and park who is not needed."""
         self.generating = True
+        self.wakes.clear()
         self.predictor.observe(observation.history, observation.job.max_response_tokens)
         forecast = self.forecast(observation, prompts)
         if self.params.group_by_length:
             order = np.argsort(-forecast.sort_key, kind="stable")
             forecast, prompts = forecast.reordered(order), [prompts[i] for i in order]
         plan = self.plan(observation, forecast)
-        self.actors = list(self.placement(observation)[: len(plan.bounds) - 1])
-        self.began_s, self.predicted_s = observation.time_s, plan.seconds
-        self.generation_ends_s = observation.time_s + plan.seconds * self.time_correction
-        if not self.first_step_over:
-            self.generation_ends_s += observation.estimates.start_s(observation.engine.tensor_parallel, LEARNER)
-        spare = [name for name in self.learners if name not in self.actors and name not in self.parked]
-        helpers = spare if self.params.dedup_prefill else []
+        self.actors = self.actor_order(observation, dedup=plan.helpers > 0)[: len(plan.bounds) - 1]
+        self.last_actors = tuple(self.actors)
+        helpers = self.prefill_functions(self.actors)[: plan.helpers]
+        self.expect_end(observation, plan)
         decisions = self.bring_up([*self.actors, *helpers])
         for index, (name, first, last) in enumerate(zip(self.actors, plan.bounds, plan.bounds[1:], strict=False)):
             if first < last:
                 helper = helpers[index % len(helpers)] if helpers else None
                 decisions.append(Assign(name, responses_of(prompts[first:last]), prefix_from=helper))
-        return [*decisions, *self.park(observation, spare), *self.schedule_wake(observation)]
+        spare = [name for name in self.functions if name not in (*self.actors, *self.parked, *self.pending_starts)]
+        return [*decisions, *self.park(observation, spare), *self.prewarm_learners(observation)]
+
+    def expect_end(self, observation: Observation, plan: Plan) -> None:
+        """Predict when generation is over."""
+        self.began_s, self.predicted_s = observation.time_s, plan.seconds
+        self.generation_ends_s = observation.time_s + plan.seconds * (self.time_correction or 1.0)
+        if not self.first_step_over:
+            self.generation_ends_s += observation.estimates.start_s(observation.engine.tensor_parallel, LEARNER)
 
     def bring_up(self, names: Sequence[str]) -> list[Decision]:
         """Start or wake functions, and give them the newest weights."""
@@ -229,10 +244,14 @@ class RLHFless:
         left = observation.unfinished(function)
         if function not in self.actors or not left or not self.generating:
             return []
-        seen = observation.functions  # without those that start anew at this call
-        others = [seen[name] for name in self.actors if name != function and name in seen]
+        seen = observation.functions
+        there = set(seen) - {function}  # without those that start anew at this call
+        others = [seen[name] for name in self.actors if name in there]
         room = {other.name: other.free_slots - self.promised.get(other.name, 0) for other in others}
-        targets = sorted((other.name for other in others if other.num_unfinished), key=room.__getitem__, reverse=True)
+        targets = sorted(
+            (other.name for other in others if other.num_unfinished),
+            key=lambda name: (name not in self.promised, -room[name]),
+        )
         if sum(max(room[name], 0) for name in targets) < len(left) or function in self.promised:
             return []
         moves: list[Decision] = []
@@ -249,11 +268,13 @@ class RLHFless:
         """Everyone who learns prepares."""
         if self.first_step_over and self.generating:  # what is lost after it is only prepared again
             realised = (observation.time_s - self.began_s) / self.predicted_s
-            self.time_correction += CORRECTION_WEIGHT * (realised - self.time_correction)
+            old = realised if self.time_correction is None else self.time_correction
+            self.time_correction = old + CORRECTION_WEIGHT * (realised - old)
         self.generating = False
         self.first_step_over = True  # it included the cold start
+        self.wakes.clear()
         able = self.replacements.at_work(observation, self.learners)
-        return [*self.wake_learners(), Prepare(able, observation.unprepared)]
+        return [*self.wake(self.learners), Prepare(able, observation.unprepared)]
 
     # --- parking ---
 
@@ -276,18 +297,27 @@ class RLHFless:
         self.parked |= set(awake)
         return [Park(name) for name in awake]
 
-    def schedule_wake(self, observation: Observation) -> list[Decision]:
-        """Ask to be woken when the learners have to be, so that they are there when generation ends."""
-        if not self.params.prewarm:
-            return []
-        wake_s = observation.estimates.wake_s(observation.engine.tensor_parallel, LEARNER)
-        self.wake_at_s = self.generation_ends_s - wake_s
-        return [Subscribe(At(self.wake_at_s))] if self.wake_at_s > observation.time_s else []
+    def prewarm_learners(self, observation: Observation) -> list[Decision]:
+        """Have the learners there when generation is expected to end."""
+        return self.wake_before(observation, self.generation_ends_s, LEARNER, self.learners)
 
-    def wake_learners(self) -> list[Decision]:
-        """Wake every parked learner."""
-        self.wake_at_s = math.inf
-        return self.wake(self.learners)
+    def prewarm_decoders(self, observation: Observation) -> list[Decision]:
+        """Have this step's actors there when the next may begin: after the shortest learning so far."""
+        decoders = tuple(name for name in self.last_actors if name not in self.learners)
+        if not decoders or not observation.history:
+            return []
+        learning_s = min(step.stage_s["learning"] for step in observation.history)
+        return self.wake_before(observation, observation.time_s + learning_s, DECODER, decoders)
+
+    def wake_before(
+        self, observation: Observation, needed_s: float, roles: tuple[Role, ...], names: tuple[str, ...]
+    ) -> list[Decision]:
+        """Ask to be called in time to wake *names* for work at *needed_s*."""
+        wake_s = needed_s - observation.estimates.wake_s(observation.engine.tensor_parallel, roles)
+        if not self.params.prewarm or wake_s <= observation.time_s:
+            return []
+        self.wakes[wake_s] = names
+        return [Subscribe(At(wake_s))]
 
     def wake(self, names: Sequence[str]) -> list[Decision]:
         """Wake those that are parked."""
@@ -304,205 +334,48 @@ class RLHFless:
         per_node = observation.nodes[0].gpus // observation.engine.tensor_parallel
         return [name for i in range(per_node) for name in self.functions[i::per_node]]
 
+    def actor_order(self, observation: Observation, *, dedup: bool) -> list[str]:
+        """Functions in the order in which they become actors; with *dedup* the first prefill function does not."""
+        order = self.placement(observation)
+        return [name for name in order if name != self.prefill_order[0]] if dedup else list(order)
+
+    def prefill_functions(self, actors: Sequence[str]) -> list[str]:
+        """Learner functions that do not decode."""
+        decoding = set(actors)
+        return [name for name in self.prefill_order if name not in decoding]
+
     def forecast(self, observation: Observation, prompts: Sequence[Prompt]) -> Forecast:
         """How many responses of each prompt will still be unfinished at each length."""
         cap = observation.job.max_response_tokens
-        ends = cap * np.linspace(0.0, 1.0, GRID_POINTS + 1) ** 2  # finer where most responses end
-        lengths, widths = (ends[1:] + ends[:-1]) / 2, np.diff(ends)
         if self.oracle is None:
-            return self.predictor.forecast(prompts, lengths, widths, cap)
+            return self.predictor.forecast(prompts, cap)
         epoch = observation.step // (observation.job.dataset_prompts // observation.job.prompts_per_step)
-        true = np.array([self.oracle.lengths(epoch, prompt.prompt_id) for prompt in prompts])
-        alive = (true[:, :, None] > lengths).sum(axis=1).astype(float)
-        return Forecast(true.max(axis=1).astype(float), true.mean(axis=1), alive, lengths, widths)
+        true = [self.oracle.lengths(epoch, prompt.prompt_id) for prompt in prompts]
+        return exact_forecast(prompts, np.array(true, dtype=float), cap)
 
     def plan(self, observation: Observation, forecast: Forecast) -> Plan:
-        """The number of actors with the least weighted sum of T(N) and C(N), both relative to all actors."""
-        speed = DecodeSpeed.of(observation, forecast)
-        everyone = self.plan_for(len(self.functions), forecast, speed)
-        if not self.params.scale_actors:
-            return everyone
-        weight = self.params.lambda_
-        best, best_score = everyone, 1.0
-        for actors in candidate_counts(len(self.functions)):
-            plan = self.plan_for(actors, forecast, speed)
-            score = weight * plan.seconds / everyone.seconds + (1 - weight) * plan.actor_s / everyone.actor_s
-            if score < best_score:
-                best, best_score = plan, score
-        return best
+        """The number of actors, with or without prefill functions, with the least weighted sum of T(N) and C(N)."""
+        scaling = ActorScaling(observation, forecast, LEARNER, self.params.balance)
+        estimates, gpus = observation.estimates, observation.engine.tensor_parallel
+        nodes = {self.replacements.starts[name].node for name in self.learners}
+        local = {name: self.replacements.starts[name].node in nodes for name in self.functions}
+        sync_s, start_s = estimates.sync_s(gpus), estimates.start_s(gpus, DECODER)
+        move_s = {n: (not local[n]) * sync_s + (n in self.pending_starts) * start_s for n in self.functions}
 
-    def plan_for(self, actors: int, forecast: Forecast, speed: DecodeSpeed) -> Plan:
-        """Chunks for so many actors, with T(N) and C(N)."""
-        bounds = forecast.bounds(actors, self.params.balance)
-        seconds, actor_s = speed.seconds(forecast.alive_by_chunk(bounds))
-        return Plan(tuple(bounds.tolist()), seconds, actor_s)
+        order = {dedup: self.actor_order(observation, dedup=dedup) for dedup in (False, True)}
 
+        def plan_for(actors: int, *, dedup: bool) -> Plan:
+            names = order[dedup][:actors]
+            helpers = min(actors, len(self.prefill_functions(names))) if dedup else 0
+            return scaling.plan(np.array([move_s[n] for n in names]), np.array([local[n] for n in names]), helpers)
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A number of actors: where their chunks end, when the last one is done, and how long all are busy together."""
-
-    bounds: tuple[int, ...]
-    seconds: float
-    actor_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """Predicted lengths of a step's prompts.
-
-    Attributes:
-        sort_key: Tokens by which prompts are ranked, [prompts].
-        mean: Predicted mean tokens of a response, [prompts].
-        alive: Expected unfinished responses at each length, [prompts, lengths].
-        lengths: Mid-points of intervals from 0 to the cap, in tokens.
-        widths: Tokens that each interval spans.
-    """
-
-    sort_key: FloatArray
-    mean: FloatArray
-    alive: FloatArray
-    lengths: FloatArray
-    widths: FloatArray
-
-    def reordered(self, order: NDArray[np.intp]) -> Forecast:
-        """The same prompts in another order."""
-        return Forecast(self.sort_key[order], self.mean[order], self.alive[order], self.lengths, self.widths)
-
-    def bounds(self, parts: int, balance: Literal["count", "work"]) -> NDArray[np.intp]:
-        """Ends of contiguous chunks, [parts + 1], of equally many prompts or of equal predicted tokens."""
-        if balance == "count":
-            return np.round(np.linspace(0, len(self.mean), parts + 1)).astype(np.intp)
-        work = np.concatenate([[0.0], np.cumsum(self.mean)])
-        return np.searchsorted(work, np.linspace(0.0, work[-1], parts + 1)).astype(np.intp)
-
-    def alive_by_chunk(self, bounds: NDArray[np.intp]) -> FloatArray:
-        """Expected unfinished responses of each chunk, [chunks, lengths]."""
-        total = np.concatenate([np.zeros((1, len(self.lengths))), np.cumsum(self.alive, axis=0)])
-        by_chunk: FloatArray = np.diff(total[bounds], axis=0)
-        return by_chunk
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeSpeed:
-    """Seconds of an iteration by batch and generated length, from the cluster's profile.
-
-    Attributes:
-        batches: Knots, ascending.
-        seconds_by_batch: Seconds of an iteration, [lengths, batches].
-        iterations: Iterations that each length stands for, [lengths].
-    """
-
-    batches: FloatArray
-    seconds_by_batch: FloatArray
-    iterations: FloatArray
-
-    @classmethod
-    def of(cls, observation: Observation, forecast: Forecast) -> DecodeSpeed:
-        """Profile for the functions of this cluster."""
-        estimates = observation.estimates
-        gpus = observation.engine.tensor_parallel
-        prompt_tokens = np.mean([prompt.tokens for prompt in observation.prompts])
-        typical = float(prompt_tokens + np.mean(forecast.mean))
-        fits = max(1, int(estimates.kv_tokens(gpus, LEARNER) / typical))
-        batches = np.unique(np.minimum(2.0 ** np.arange(0, 10), fits))
-        seconds = np.array([
-            [estimates.decode_s(int(batch), float(prompt_tokens + length), gpus) for batch in batches]
-            for length in forecast.lengths
-        ])  # fmt: skip
-        # Beyond what fits in KV responses take turns: time grows with their number.
-        batches, seconds = np.append(batches, 1e3 * batches[-1]), np.column_stack([seconds, 1e3 * seconds[:, -1]])
-        return cls(batches, seconds, forecast.widths)
-
-    def seconds(self, alive: FloatArray) -> tuple[float, float]:
-        """Expected generation time, until the last response of all, and the expected busy time of all actors together.
-
-        The chance that any of so many responses is unfinished is taken as 1 - exp(-expected number), for a chunk and
-        for all of them: so expected maxima count, not the maximum of expectations. While any is unfinished, the
-        largest batch sets the pace.
-
-        Args:
-            alive: Expected unfinished responses, [chunks, lengths].
-        """
-        batch = np.maximum(alive, 1.0)
-        columns = [np.interp(batch[:, i], self.batches, row) for i, row in enumerate(self.seconds_by_batch)]
-        iteration_s: FloatArray = np.stack(columns, axis=1)
-        all_s = iteration_s.max(axis=0) * -np.expm1(-alive.sum(axis=0)) @ self.iterations
-        actor_s = (iteration_s * -np.expm1(-alive) @ self.iterations).sum()
-        return float(all_s), float(actor_s)
-
-
-def candidate_counts(most: int) -> list[int]:
-    """Numbers of actors to look at: all small ones, then some 15 % apart."""
-    counts, count = [], 1
-    while count < most:
-        counts.append(count)
-        count = max(count + 1, math.ceil(count * 1.15))
-    return [*counts, most]
-
-
-@dataclass(slots=True)
-class Predictor:
-    """Predicted response lengths by prompt: an EWMA over epochs, and how far it was off.
-
-    Attributes:
-        alpha: Weight of the newest observation.
-        default: Predicted tokens of an unseen prompt; None: the mean so far.
-    """
-
-    alpha: float
-    default: int | None
-    predicted: dict[int | str, float] = field(default_factory=dict)
-    _steps_seen: int = 0
-    _tokens: float = 0.0
-    _responses: int = 0
-    _at_cap: int = 0
-    _errors: dict[bool, tuple[float, float]] = field(default_factory=dict)  # known prompt -> (sum of squares, count)
-
-    def observe(self, history: Sequence[FinishedStep], cap: int) -> None:
-        """Learn from steps not seen before."""
-        for step in history[self._steps_seen :]:
-            self._observe_step(step, cap)
-        self._steps_seen = len(history)
-
-    def _observe_step(self, step: FinishedStep, cap: int) -> None:
-        tokens = np.array(step.response_tokens, dtype=float)
-        old, known = self.predictions(step.prompt_ids, cap)
-        errors, uncut = np.log(tokens / old[:, None]), tokens < cap
-        for group in (True, False):
-            chosen = errors[uncut & (known == group)[:, None]]
-            squares, count = self._errors.get(group, (0.0, 0.0))
-            self._errors[group] = (squares + float(chosen @ chosen), count + chosen.size)
-        mean = tokens.mean(axis=1)
-        new = np.where(known, self.alpha * mean + (1 - self.alpha) * old, mean)
-        self.predicted.update(zip(step.prompt_ids, new.tolist(), strict=True))
-        self._tokens += float(tokens.sum())
-        self._responses += tokens.size
-        self._at_cap += int(tokens.size - uncut.sum())
-
-    def predictions(self, prompt_ids: Sequence[int | str], cap: int) -> tuple[FloatArray, NDArray[np.bool_]]:
-        """Predicted mean tokens of each prompt, and whether it has a history."""
-        unseen = self.unseen(cap)
-        found = [self.predicted.get(prompt_id) for prompt_id in prompt_ids]
-        return np.array([unseen if mean is None else mean for mean in found]), np.array([m is not None for m in found])
-
-    def unseen(self, cap: int) -> float:
-        """Predicted tokens of a prompt without history."""
-        if self.default is not None:
-            return float(self.default)
-        return self._tokens / self._responses if self._responses else cap / 4
-
-    def spread(self, *, known: bool) -> float:
-        """Root mean square of ln(observed / predicted), of prompts with or without history."""
-        squares, count = self._errors.get(known) or self._errors.get(False) or (FIRST_SPREAD**2, 1.0)
-        return max(math.sqrt(squares / count), 0.01) if count else FIRST_SPREAD
-
-    def forecast(self, prompts: Sequence[Prompt], lengths: FloatArray, widths: FloatArray, cap: int) -> Forecast:
-        """Lognormal lengths around the prediction, with the observed share that runs to the cap."""
-        mean, known = self.predictions([prompt.prompt_id for prompt in prompts], cap)
-        spread = np.where(known, self.spread(known=True), self.spread(known=False))
-        at_cap = self._at_cap / self._responses if self._responses else 0.0
-        z = (np.log(lengths)[None, :] - np.log(mean)[:, None]) / spread[:, None]
-        group = np.array([len(prompt.responses) for prompt in prompts])
-        alive = group[:, None] * (at_cap + (1 - at_cap) * ndtr(-z))
-        return Forecast(mean, mean, alive, lengths, widths)
+        most = len(self.functions)
+        counts = candidate_counts(most) if self.params.scale_actors else [most]
+        plans = [plan_for(actors, dedup=False) for actors in counts]
+        if self.params.dedup_prefill and most > 1:
+            plans += [plan_for(actors, dedup=True) for actors in sorted({min(n, most - 1) for n in counts})]
+        told_apart = np.ptp(forecast.sort_key) > 0  # else no actor is the heavy one
+        hide = self.params.locality and self.params.group_by_length and self.params.scale_actors and told_apart
+        allowed = [plan for plan in plans if plan.hidden or not hide]
+        time_weight = self.params.lambda_ if self.params.scale_actors else 1.0  # fewer actors are not what is asked
+        return best_plan(allowed or plans, plans[len(counts) - 1], time_weight)

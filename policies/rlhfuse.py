@@ -2,9 +2,10 @@
 
 Source: RLHFuse (arXiv 2409.13221, NSDI'25), read in summaries. When fewer than R_t responses are unfinished, they are
 migrated to the m engines with the most work left, m being the fewest whose batch slots (with flat decode latency) and
-KV (at full length) suffice; the freed GPUs compute log-probs, values and rewards of finished responses. Intra-stage
-fusion of actor and critic pipelines needs a critic and pipeline parallelism: on FSDP it is a no-op. Learning is not
-fused with preparation. How the last responses are prepared, and what is done about lost functions
+KV (at full length) suffice; the freed GPUs compute log-probs, values and rewards of finished responses. R_t is found by
+simulating observed lengths (`simrl.policies.tail_search`). Intra-stage fusion of actor and critic pipelines needs a
+critic and pipeline parallelism: on learners without it, and no other can be simulated or run here, there is nothing to
+fuse. Learning is not fused with preparation. How the last responses are prepared, and what is done about lost functions
 (`simrl.policies.recovery`), is our reconstruction.
 """
 
@@ -21,7 +22,6 @@ from simrl.policies.contract import (
     Migrate,
     Observation,
     Prepare,
-    Role,
     StageFinished,
     StepStarted,
     Subscribe,
@@ -29,9 +29,11 @@ from simrl.policies.contract import (
     UnfinishedBelow,
 )
 from simrl.policies.recovery import Replacements, deal
-from simrl.policies.verl import assign_shares, chunks, start_everywhere
+from simrl.policies.tail_search import best_tail, destinations, engine_slots, largest_tail, piece_of
+from simrl.policies.verl import COLOCATED, assign_shares, chunks, start_everywhere
 
-PIECES = 8  # pieces that an engine's fair share of a step's preparation is done in (our reconstruction)
+FIRST_RATIO = 0.2  # before any lengths were seen: RLHFuse finds the best near it
+RETUNE_STEPS = 5  # its authors say periodically, not how often
 
 
 class RLHFuse:
@@ -41,16 +43,18 @@ class RLHFuse:
         """Parameters of `rlhfuse`.
 
         Attributes:
-            tail_ratio: R_t as a share of the step's responses; RLHFuse finds the best near 0.2. Where half of the
-                engines could not hold so many, R_t is what they can hold (our reconstruction): else none is freed.
+            tail_ratio: R_t as a share of the step's responses; None: found by simulating lengths of a finished step,
+                anew every 5 steps, which may also find that fusion does not pay. Where half of the engines could not
+                hold so many, R_t is what they can hold (our reconstruction): else none is freed.
         """
 
         model_config = ConfigDict(frozen=True, extra="forbid")
-        tail_ratio: float = Field(0.2, gt=0, lt=1)
+        tail_ratio: float | None = Field(None, gt=0, lt=1)
 
     def __init__(self, params: Params | None = None) -> None:
         self.params = params or self.Params()
         self.functions: tuple[str, ...] = ()
+        self.tail = 0  # R_t, in responses; 0: no fusion
         self.freed: set[str] = set()  # engines that prepare while others still generate
         self.left: list[int] = []  # unprepared, and not given to anyone in this call
         self.replacements = Replacements()
@@ -66,8 +70,8 @@ class RLHFuse:
             match event:
                 case StepStarted(prompts=prompts):
                     shares = chunks(prompts, len(self.functions))
-                    decisions += [Sync(self.functions), *assign_shares(self.functions, shares)]
-                case UnfinishedBelow():
+                    decisions += [*self.tune(observation), Sync(self.functions), *assign_shares(self.functions, shares)]
+                case UnfinishedBelow(count=count) if count == self.tail and not self.freed:
                     decisions += self.fuse(observation)
                 case StageFinished(stage="generation"):
                     decisions += self.prepare_rest(observation)
@@ -88,13 +92,19 @@ class RLHFuse:
         """Start on every GPU, and ask to hear of the tail."""
         starts = start_everywhere(observation)
         self.replacements = Replacements(starts)
-        tail = min(
-            round(self.params.tail_ratio * observation.job.responses_per_step),
-            engine_slots(observation, starts[0].gpus, starts[0].roles) * (len(starts) // 2),
-        )
-        tail_begins = UnfinishedBelow(max(tail, 1))
-        triggers = (StageFinished("generation"), StageFinished("preparation"), tail_begins, FunctionIdle())
+        triggers = (StageFinished("generation"), StageFinished("preparation"), FunctionIdle())
         return [*starts, *(Subscribe(trigger) for trigger in triggers)]
+
+    def tune(self, observation: Observation) -> list[Decision]:
+        """Choose R_t, and ask to hear of the tail; again from time to time if it is found by search."""
+        seen, gpus = len(observation.history), observation.engine.tensor_parallel
+        place = (len(self.functions), gpus, COLOCATED)
+        if seen == 0:
+            tail = round((self.params.tail_ratio or FIRST_RATIO) * observation.job.responses_per_step)
+            self.tail = max(min(tail, largest_tail(observation, *place)), 1)
+        elif self.params.tail_ratio is None and seen % RETUNE_STEPS == 1:
+            self.tail = best_tail(observation, *place)
+        return [Subscribe(UnfinishedBelow(self.tail))] if self.tail else []
 
     def fuse(self, observation: Observation) -> list[Decision]:
         """Gather the unfinished on the fewest engines, and let the others prepare what is finished."""
@@ -104,20 +114,20 @@ class RLHFuse:
         if not remaining:  # all that were left may be lost just now
             return []
         slots = engine_slots(observation, by_work[0].gpus, by_work[0].roles)
-        destinations = by_work[: max(1, -(-remaining // slots))]
-        freed = by_work[len(destinations) :]
+        kept = by_work[: destinations(remaining, slots)]
+        freed = by_work[len(kept) :]
         if not freed:
             return []
         moving = [response for function in freed for response in observation.unfinished(function.name)]
         decisions: list[Decision] = [
-            Migrate(tuple(responses), target) for target, responses in deal(moving, destinations).items() if responses
+            Migrate(tuple(responses), target) for target, responses in deal(moving, kept).items() if responses
         ]
         self.freed = {function.name for function in freed}
         return [*decisions, *self.prepare_next([function.name for function in freed], observation)]
 
     def prepare_next(self, functions: Sequence[str], observation: Observation) -> list[Decision]:
         """A piece of what is finished for each of *functions*: small, so that the end can be shared by all."""
-        piece = -(-observation.job.responses_per_step // (PIECES * len(self.functions)))
+        piece = piece_of(observation.job.responses_per_step, len(self.functions))
         decisions: list[Decision] = []
         for function in functions:
             taken, self.left = self.left[:piece], self.left[piece:]
@@ -131,10 +141,3 @@ class RLHFuse:
         rest, self.left = self.left, []
         able = self.replacements.at_work(observation, self.functions)
         return [Prepare(able, tuple(rest))] if rest else []
-
-
-def engine_slots(observation: Observation, gpus: int, roles: tuple[Role, ...]) -> int:
-    """Responses that an engine takes with decode latency flat and KV fitting even if all grow to the cap."""
-    longest = observation.job.max_prompt_tokens + observation.job.max_response_tokens
-    kv_slots = observation.estimates.kv_tokens(gpus, roles) // longest
-    return max(1, min(observation.estimates.flat_batch(gpus), kv_slots))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,6 +29,7 @@ from simrl.policies.contract import (
 )
 from simrl.policies.recovery import Replacements
 
+T = TypeVar("T")
 COLOCATED: tuple[Role, ...] = ("decode", "prepare", "learn")
 
 
@@ -55,7 +56,7 @@ class Verl:
         """Each stage on all functions as soon as the one before is finished."""
         decisions = self.replacements.restart(observation)
         if not self.functions:
-            starts = start_everywhere(observation)
+            starts = self.starts(observation)
             self.replacements = Replacements(starts)
             decisions += [*starts, Subscribe(StageFinished("generation")), Subscribe(StageFinished("preparation"))]
         self.functions = self.replacements.present()
@@ -70,6 +71,10 @@ class Verl:
                     decisions.append(Learn(self.functions))
         return [*decisions, *self.replacements.reassign(observation, self.functions)]
 
+    def starts(self, observation: Observation) -> list[Start]:
+        """The functions that are held for the whole job."""
+        return start_everywhere(observation)
+
     def assign(self, prompts: Sequence[Prompt]) -> list[Decision]:
         """Whole groups to engines."""
         if self.params.dispatch == "chunks":
@@ -79,22 +84,31 @@ class Verl:
         return assign_shares(self.functions, shares)
 
 
-def start_everywhere(observation: Observation, roles: tuple[Role, ...] = COLOCATED) -> list[Start]:
-    """One engine-sized function after the other until every GPU is leased.
+def start_everywhere(
+    observation: Observation, roles: tuple[Role, ...] = COLOCATED, nodes: int | None = None, gpus: int | None = None
+) -> list[Start]:
+    """One engine after the other until every GPU is leased.
+
+    Args:
+        observation: Of the cluster.
+        roles: Of each function.
+        nodes: How many nodes to use, the first ones; None: all.
+        gpus: GPUs an engine; None: as the configuration says.
 
     Raises:
         ValueError: the engines' size does not divide a node.
     """
-    gpus = observation.engine.tensor_parallel
+    key = "engine" if gpus is None else "policy"
+    gpus = gpus or observation.engine.tensor_parallel
     starts = []
-    for node in observation.nodes:
+    for node in observation.nodes[:nodes]:
         if node.gpus % gpus:
-            raise ValueError(f"engine.tensor_parallel={gpus} must divide the {node.gpus} GPUs of a node")
+            raise ValueError(f"{key}.tensor_parallel={gpus} must divide the {node.gpus} GPUs of a node")
         starts += [Start(f"worker-{node.index}-{i}", gpus, roles, node.index) for i in range(node.gpus // gpus)]
     return starts
 
 
-def chunks(prompts: Sequence[Prompt], parts: int) -> list[tuple[Prompt, ...]]:
+def chunks(prompts: Sequence[T], parts: int) -> list[tuple[T, ...]]:
     """Contiguous parts whose sizes differ by at most one."""
     size, longer = divmod(len(prompts), parts)
     bounds = [i * size + min(i, longer) for i in range(parts + 1)]

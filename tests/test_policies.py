@@ -9,7 +9,6 @@ from simrl.cli import main
 from simrl.experiments.config import ConfigError, load_config
 from simrl.experiments.run import policy_of, run, simulate
 from simrl.policies.contract import Assign, Migrate, Prepare, StageFinished, StepStarted, UnfinishedBelow, drive
-from simrl.policies.verl import chunks
 
 POLICIES = ["verl", "rlhfuse", "rlhfless"]
 SWITCHES = ["dedup_prefill", "group_by_length", "scale_actors", "cut_and_migrate", "locality", "prewarm"]
@@ -100,16 +99,6 @@ def test_rlhfless_refuses_staleness(capsys):
 # --- verl ---
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 100])
-@pytest.mark.parametrize("parts", [1, 3, 8])
-def test_chunks_are_contiguous_and_equal(count, parts):
-    shares = chunks(range(count), parts)
-    assert [number for share in shares for number in share] == list(range(count))
-    sizes = [len(share) for share in shares]
-    assert len(sizes) == parts
-    assert max(sizes) - min(sizes) <= 1
-
-
 def test_verl_deals_whole_groups_in_contiguous_chunks():
     calls, _ = watch(small("verl", sets=["job.prompts_per_step=18"]))
     for prompts, _, decisions in assigns(calls):
@@ -123,7 +112,7 @@ def test_verl_deals_whole_groups_in_contiguous_chunks():
 
 
 def test_rlhfuse_migrates_the_tail_and_prepares_before_generation_ends():
-    job = ["job.prompts_per_step=128", "job.dataset_prompts=256"]
+    job = ["job.prompts_per_step=128", "job.dataset_prompts=256", "policy.tail_ratio=0.2"]
     calls, frames = watch(load_config(preset="paper-physical", policy="rlhfuse", steps=4, nodes=1, seed=5, sets=job))
     tail = round(0.2 * 128 * 3)
     fused = [call for call in calls if has(call[1], UnfinishedBelow)]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from simrl.experiments.config import Config, ConfigError, load_config
+from simrl.experiments.config import Config, ConfigError, config_toml, load_config
 from simrl.experiments.run import policy_of, work_of
 from simrl.policies.contract import drive
 from simrl.real_backend.actors import HostPool
@@ -28,6 +28,7 @@ from simrl.real_backend.replays import Player, mean_s
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.estimates import ProfiledEstimates
 from simrl.simulator.profiled import ProfiledCosts
+from simrl.traces.job import Faults
 from simrl.traces.lengths import load_workload
 from simrl.traces.oracle import Oracle
 from simrl.traces.parameters import Parameters
@@ -49,6 +50,15 @@ PRESET: Sequence[str] = (
     "engine.max_num_seqs=32", "engine.max_num_batched_tokens=2048", "cluster.nodes=1",
 )  # fmt: skip
 """A job that a tiny model does on a CPU within seconds; every step is an epoch, so that policies see history soon."""
+SIMULATED_ONLY: Mapping[str, Sequence[str]] = {
+    "job": (
+        "learner_offload", "learner_strategy", "learner_tensor_parallel", "micro_batch_tokens", "packing",
+        "activation_checkpointing", "lora_rank", "reward", "reward_model",
+    ),
+    "cluster": ("weight_sync", "keep_alive_s", "images_cached"),
+    "faults": tuple(Faults.model_fields),
+}  # fmt: skip
+"""Options that real engines and the learner beside them do not carry out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +82,14 @@ class Validation:
         repeat_spread: By policy and stage, (largest - smallest) / median of the repeats, median over steps.
         runs: All of them.
         profile: Of the machine.
+        config: Of the runs, with as many GPUs a node as they had.
     """
 
     rows: pd.DataFrame
     repeat_spread: pd.DataFrame
     runs: tuple[Run, ...]
     profile: Profile | None = None
+    config: Config | None = None
 
     def median_abs_error(self, *by: str, normalised: bool = False) -> pd.Series[float]:
         """Median absolute relative error by stage, and by what else is asked."""
@@ -172,7 +184,16 @@ def validate(
         before_s, probed_s = probed_s, probe(site)
         slowness = statistics.fmean([before_s, probed_s]) / site.profile.probe_on(site.clock)
         runs.append(Run(name, "real", frames, slowness, repeat))
-    return replace(compare_runs(runs), profile=site.profile)
+    return replace(compare_runs(runs), profile=site.profile, config=_with_gpus(config, site.gpus))
+
+
+def _with_gpus(config: Config, gpus: int) -> Config:
+    """*config* with nodes of so many GPUs."""
+    given, node_type = config.cluster.parameters, config.cluster.node_type
+    nodes = given.get("node", {})
+    nodes = {**nodes, node_type: {**nodes.get(node_type, {}), "gpus": gpus}}
+    cluster = config.cluster.model_copy(update={"parameters": {**given, "node": nodes}})
+    return config.model_copy(update={"cluster": cluster})
 
 
 def run_validation(
@@ -216,6 +237,7 @@ def run_validation(
         raise ConfigError(f"--folder {folder}: must be a folder that exists")
     preset = PRESET if device == "cpu" else ()
     config = load_config(config=config_file, sets=[*preset, *sets], steps=steps, seed=seed, policies=list(policies))
+    _check_carried_out(config)
     if config.cluster.nodes > 1 and (address is None or folder is None):
         raise ConfigError(
             f"cluster.nodes={config.cluster.nodes}: several nodes are a Ray cluster (--address) with a folder that"
@@ -231,6 +253,20 @@ def run_validation(
                 measured = measure(hosts, name, chosen, gpus)
             site = Site(hosts, measured, profile or Path("measured now"), gpus, chosen)
             return validate(config, policies, site, repeats=repeats, progress=progress)
+
+
+def _check_carried_out(config: Config) -> None:
+    """Refuse what would only be simulated.
+
+    Raises:
+        ConfigError: an option of `SIMULATED_ONLY` is not at its default.
+    """
+    for section, names in SIMULATED_ONLY.items():
+        given = getattr(config, section)
+        for name in names:
+            value, default = getattr(given, name), type(given).model_fields[name].default
+            if value != default:
+                raise ConfigError(f"{section}.{name}={value}: real engines do not do that; allowed: {default}")
 
 
 def _simulated(config: Config, oracle: Oracle, costs: ProfiledCosts) -> Run:
@@ -346,6 +382,11 @@ def write_validation(validation: Validation, directory: Path) -> None:
             folder.mkdir()
             for name, frame in run.frames.by_name().items():
                 frame.to_parquet(folder / f"{name}.parquet", index=False)
+            if validation.config is not None:  # so that a trace of the run can be replayed
+                own = validation.config.with_policy(run.policy)
+                engine = own.engine.model_copy(update={"profile": str((directory / "profile.json").absolute())})
+                text = config_toml(own.model_copy(update={"engine": engine}))
+                (folder / "config.toml").write_text(text, encoding="utf-8")
         draw_timelines(validation, place / "timelines.png")
 
     write_directory(directory, write)

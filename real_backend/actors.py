@@ -56,15 +56,19 @@ class EngineHost:
         """Seconds of each phase of the start."""
         return self._engine.cold_start_phases
 
-    def step(self, arrivals: Sequence[Work], iterations: int) -> list[StepReport]:
-        """Queue *arrivals*, then run so many iterations, or fewer if a response is complete or none is left."""
+    def step(self, arrivals: Sequence[Work], iterations: int, completions: int, in_turn: bool) -> list[StepReport]:
+        """Queue *arrivals*, then run so many iterations, or fewer if so many responses are complete or none is left.
+
+        With others *in_turn* on its core, the engine's caches are warmed before.
+        """
         for work in arrivals:
             self._engine.add(work)
-        reports = []
-        for _ in range(iterations):
+        if in_turn:
+            self._engine.warm_caches()
+        reports: list[StepReport] = []
+        while self._engine.unfinished() and len(reports) < iterations and completions > 0:
             reports.append(self._engine.step())
-            if reports[-1].finished or not self._engine.unfinished():
-                break
+            completions -= len(reports[-1].finished)
         return reports
 
     def take_out(self, response_ids: Sequence[int], with_kv: bool) -> KVMoved:

@@ -15,9 +15,15 @@ import simpy
 
 
 class Clock(Protocol):
-    """How work that other processes do becomes an event."""
+    """How work that other processes do becomes an event.
+
+    Attributes:
+        env: What happens when.
+        in_turn: Whether functions take turns on a core.
+    """
 
     env: simpy.Environment
+    in_turn: bool
 
     def took(self, seconds: float) -> simpy.Event:
         """What was waited for already, so long on the wall, takes its time."""
@@ -32,6 +38,8 @@ class VirtualClock:
     Args:
         get: Waits for what `begin` returned.
     """
+
+    in_turn = True
 
     def __init__(self, get: Callable[[Any], Any]) -> None:
         self.env = simpy.Environment()
@@ -104,6 +112,8 @@ class WallEnvironment(simpy.Environment):
 
 class WallClock:
     """Calls side by side; see the module."""
+
+    in_turn = False
 
     def __init__(
         self, wait: Callable[[list[Any], float | None], list[Any]], get: Callable[[Any], Any], limit_s: float

@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 RPC_TIMEOUT_S = 600.0  # for tensor-parallel workers, which are processes of their own
+WARMING_PASSES = 3
 CPU_BLOCK_TOKENS = 32  # vLLM's attention kernel for CPUs takes blocks of multiples of this
 
 
@@ -337,6 +338,15 @@ class VllmEngine:
             iteration.num_preempted,
             self._scheduler.connector.take_loaded() if self.settings.kv_folder else None,
         )
+
+    def warm_caches(self) -> None:
+        """Run the model on nothing, so that the core's caches hold what the next iteration needs.
+
+        For engines that take turns on a core: each finds the caches full of what others left, which one with a core or
+        GPU of its own never does. The first iteration then takes 1.5 times as long as the sixteenth, after three such
+        passes 1.2 times (`tiny`, 8 engines in turn; 1.1 times on an engine alone).
+        """
+        self._on_workers(_forward_nothing, max(len(self._responses), 1))
 
     def unfinished(self) -> tuple[int, ...]:
         """Responses on the engine, in the order of their arrival."""
@@ -817,6 +827,11 @@ def repack_cpu_gemms(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "cpu_linear") and module.weight.numel():
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _forward_nothing(worker: Any, tokens: int) -> None:
+    for _ in range(WARMING_PASSES):
+        worker.model_runner._dummy_run(tokens)
 
 
 def resize_kv_cache(worker: Any, resident: bool) -> int:

@@ -16,9 +16,7 @@ from simrl.real_backend.engine import StepReport
 if TYPE_CHECKING:
     from simrl.real_backend.backend import RealBackend
 
-# An engine looks at its queue between calls; a completion ends a call. On the virtual clock the first iterations after
-# another process had the core find cold caches, which an engine with a device of its own would not.
-ITERATIONS_PER_CALL = 16
+ITERATIONS_PER_CALL = 16  # an engine looks at its queue between calls
 
 
 class RealFunction(ClusterFunction):
@@ -150,7 +148,7 @@ class RealFunction(ClusterFunction):
         trip.end(rollouts, target)
 
     def iterate(self) -> Process:
-        """A few iterations of the engine, up to a completion."""
+        """A few iterations of the engine, up to a completion that somebody may have to hear of."""
         if not (self._arrivals or self._on_engine):
             return False
         self.generate()
@@ -158,9 +156,8 @@ class RealFunction(ClusterFunction):
         self._on_engine.update(self._arrivals)
         self._arrivals.clear()
         begin_s = self.cluster.env.now
-        reports = yield self._call(
-            "step", arrivals, ITERATIONS_PER_CALL, seconds=lambda reports: sum(r.seconds for r in reports)
-        )
+        limits = ITERATIONS_PER_CALL, self.cluster.completions_ahead(self), self.cluster.clock.in_turn
+        reports = yield self._call("step", arrivals, *limits, seconds=lambda reports: sum(r.seconds for r in reports))
         self._book(reports, begin_s)
         return True
 

@@ -32,7 +32,7 @@ import numpy as np
 from simrl.real_backend.actors import HostPool, Place, Timed
 from simrl.real_backend.backend import ClockName
 from simrl.real_backend.batch import TokenScores, TrainingBatch
-from simrl.real_backend.engine import CPU_BLOCK_TOKENS, EngineSettings, Work
+from simrl.real_backend.engine import CPU_BLOCK_TOKENS, EngineSettings, StepReport, Work
 from simrl.real_backend.learner_settings import LearnerSettings, LearnStats
 from simrl.real_backend.ranks import begin_to_meet, busiest
 from simrl.real_backend.replays import (
@@ -194,6 +194,11 @@ class Profiler:
         actor = self.engines[self._turn % len(self.engines)]
         return self.hosts.get(getattr(actor, method).remote(*arguments))
 
+    def _step(self, works: Sequence[Work]) -> list[StepReport]:
+        """One iteration."""
+        reports: list[StepReport] = self._on_engine("step", works, 1, len(works), self.clock == "virtual")
+        return reports
+
     def _on_all(self, method: str, *arguments: Any) -> list[Any]:
         """One engine after the other, as the virtual clock does it."""
         return [self.hosts.get(getattr(actor, method).remote(*arguments)) for actor in self.engines]
@@ -238,7 +243,7 @@ class Profiler:
         rng = stream(self.seed, "replay", index)
         workloads = [draw_workload(rng, "stream" if i % 2 else "burst") for i in range(self.extent.replays)]
         began_s = self._now_s()
-        played = self.player.play(self.in_turn, workloads)
+        played = self.player.play(self.in_turn, workloads, self.clock)
         at_s = (began_s + self._now_s()) / 2
         self.replays += [(held_out, at_s, *pair) for pair in zip(workloads, played, strict=True)]
 
@@ -250,7 +255,7 @@ class Profiler:
             works = [
                 Work(response_id=self.player.new_id(), prompt_token_ids=prompt, forced_tokens=1) for prompt in prompts
             ]
-            (report,) = self._on_engine("step", works, 1)
+            (report,) = self._step(works)
             seconds.append(report.seconds)
         self.hits.setdefault(tokens * len(prompts), []).append((seconds[0], seconds[1]))
 
@@ -262,11 +267,11 @@ class Profiler:
         """
         self._on_engine("reset", self.settings.model)
         work = Work(response_id=self.player.new_id(), prompt_token_ids=self.player.prompt(tokens), forced_tokens=8)
-        (report,) = self._on_engine("step", [work], 1)
+        (report,) = self._step([work])
         moved = self._on_engine("take_out", [work.response_id], True)
         self._on_engine("reset", self.settings.model)
         rest = replace(work, generated_token_ids=report.new_tokens[work.response_id])
-        (report,) = self._on_engine("step", [rest], 1)
+        (report,) = self._step([rest])
         self._on_engine("take_out", [work.response_id], False)
         self._on_engine("forget_kv", 0)
         block_tokens, loaded = self.settings.block_tokens, report.kv_loaded

@@ -124,9 +124,8 @@ class Prefills:
 class Player:
     """Plays workloads on idle engines of a pool, always with prompts that no engine has cached.
 
-    On the virtual clock of the real backend many engines share a core and take turns, a few iterations each: whoever's
-    turn it is finds the core's caches full of what the others left. Timed alone, an engine of a tiny model is a
-    quarter to a third faster. So engines are played in turn, too, where that is the regime to be measured.
+    On the virtual clock of the real backend many engines share a core and take turns, a few iterations each; see
+    `VllmEngine.warm_caches`. So engines are played in turn, too, where that is the regime to be measured.
     """
 
     def __init__(self, hosts: HostPool, seed: int) -> None:
@@ -144,14 +143,14 @@ class Player:
         ids: list[int] = self._tokens.integers(FIRST_TOKEN, self.vocabulary, tokens).tolist()
         return ids
 
-    def play(self, engines: Sequence[Any], workloads: Sequence[Workload]) -> list[Played]:
+    def play(self, engines: Sequence[Any], workloads: Sequence[Workload], clock: ClockName) -> list[Played]:
         """In turn, a call each; an engine that is done takes the next workload, so that few calls see few others."""
         waiting = list(enumerate(workloads))
         played: dict[int, Played] = {}
         playing: dict[int, Generator[None, None, None]] = {}  # by engine
 
         def go_on(index: int, workload: Workload, engine: Any) -> Generator[None, None, None]:
-            played[index] = yield from self._calls(engine, workload)
+            played[index] = yield from self._calls(engine, workload, clock)
 
         while waiting or playing:
             for place, engine in enumerate(engines):
@@ -161,7 +160,7 @@ class Player:
                     del playing[place]
         return [played[index] for index in range(len(workloads))]
 
-    def _calls(self, engine: Any, workload: Workload) -> Generator[None, None, Played]:
+    def _calls(self, engine: Any, workload: Workload, clock: ClockName) -> Generator[None, None, Played]:
         prompts = {item.group: self.prompt(item.prompt_tokens) for item in workload}
         works = [
             Work(response_id=self.new_id(), prompt_token_ids=prompts[i.group], forced_tokens=i.response_tokens)
@@ -169,6 +168,7 @@ class Player:
         ]
         prefills = Prefills(workload, self._block_tokens)
         iterations: list[Iteration] = []
+        limits = ITERATIONS_PER_CALL, len(works), clock == "virtual"
         added, unfinished, wall_s = 0, 0, 0.0
         while added < len(works) or unfinished:
             first = added
@@ -177,7 +177,7 @@ class Player:
             while added < len(works) and workload[added].arrives <= len(iterations):
                 added += 1
             called_s = time.perf_counter()
-            reports: list[StepReport] = self._hosts.get(engine.step.remote(works[first:added], ITERATIONS_PER_CALL))
+            reports: list[StepReport] = self._hosts.get(engine.step.remote(works[first:added], *limits))
             wall_s += time.perf_counter() - called_s
             unfinished += added - first - sum(len(report.finished) for report in reports)
             iterations += [
@@ -190,7 +190,7 @@ class Player:
     def probe(self, engines: Sequence[Any], clock: ClockName) -> list[Played]:
         """The fixed workload as engines run it on that clock: all in turn on the virtual one, else the first alone."""
         engines = engines if clock == "virtual" else engines[:1]
-        return self.play(engines, [probe_workload()] * len(engines))
+        return self.play(engines, [probe_workload()] * len(engines), clock)
 
 
 def mean_s(played: Sequence[Played]) -> float:

@@ -134,6 +134,24 @@ def test_lengths_are_forced_and_every_iteration_is_reported(pair: tuple[VllmEngi
         assert len(set(done.token_ids)) > 0.8 * len(done.token_ids)  # or comparing tokens would prove little
 
 
+def test_warming_the_caches_changes_nothing(pair: tuple[VllmEngine, VllmEngine]) -> None:
+    works = work((5, 12, 40, 41, 3), (33, 40, 17, 300, 20))  # one prompt is computed in chunks
+    expected, plain = run(pair[1], works)
+    got: dict[int, Finished] = {}
+    reports: list[StepReport] = []
+    for each in works:
+        pair[0].add(each)
+    pair[0].warm_caches()
+    while pair[0].unfinished():
+        reports.append(pair[0].step())
+        got |= {done.response_id: done for done in reports[-1].finished}
+        used = pair[0].kv_used()
+        pair[0].warm_caches()
+        assert pair[0].kv_used() == used
+    assert got == expected  # log-probs, cached and computed tokens included
+    assert [(r.batch, r.prefill_tokens) for r in reports] == [(r.batch, r.prefill_tokens) for r in plain]
+
+
 def test_those_beyond_the_slots_wait(pair: tuple[VllmEngine, VllmEngine]) -> None:
     finished, reports = run(pair[0], work([10] * 40, [6] * 40))
     assert len(finished) == 40

@@ -116,6 +116,8 @@ def test_a_validation_is_printed_and_written(tmp_path: Path) -> None:
         (["--profile", "no-such.json"], "profile 'no-such.json' cannot be read"),
         (["--policy", "no-such"], "no-such"),
         (["--set", "job.stepz=1"], "job.stepz"),
+        (["--set", "job.lora_rank=8"], "job.lora_rank=8: real engines do not do that; allowed: 0"),
+        (["--set", "faults.worker_mtbf_s=60"], "faults.worker_mtbf_s=60.0: real engines do not do that; allowed: None"),
     ],
 )
 def test_what_the_user_can_mend_is_told_in_a_line(

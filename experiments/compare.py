@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from simrl.experiments.config import Config, ConfigError, config_toml
 from simrl.experiments.robustness import Study, check_points, study_robustness
-from simrl.experiments.run import run, write_directory
+from simrl.experiments.run import planned, run, write_directory
 from simrl.traces.summary import flat
 
 if TYPE_CHECKING:
@@ -83,9 +83,10 @@ def compare(
         check_points(robustness)
     baseline = baseline or ("verl" if "verl" in policies else policies[0])
     names = list(policies) if baseline in policies else [baseline, *policies]
-    configs = {name: config.with_policy(name) for name in names}
+    plans = {name: planned(config.with_policy(name), shared=config) for name in names}
+    configs = {name: plan for name, (plan, _) in plans.items()}
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    warnings: dict[str, None] = {}
+    warnings = dict.fromkeys(note for _, notes in plans.values() for note in notes)
     parameters: dict[str, Parameter] = {}
     for i in range(seeds):
         for name in names:
@@ -176,15 +177,16 @@ def interval95(values: Floats) -> list[float] | None:
     return [mean - half, mean + half]
 
 
-def write_comparison(comparison: Comparison, config: Config, directory: Path) -> None:
-    """Write config.toml, comparison.json and runs.csv (a row a run); all of them or none.
+def write_comparison(comparison: Comparison, config: Config, directory: Path, comment: str = "") -> None:
+    """Write config.toml (with a *comment* as its head), comparison.json and runs.csv (a row a run), or none of them.
 
     Raises:
         RunDirectoryError: *directory* cannot be written, or is not empty.
     """
 
     def write(place: Path) -> None:
-        (place / "config.toml").write_text(config_toml(config), encoding="utf-8")
+        head = f"# {comment}\n" if comment else ""
+        (place / "config.toml").write_text(head + config_toml(config), encoding="utf-8")
         (place / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
         comparison.frame().to_csv(place / "runs.csv", index=False)
 

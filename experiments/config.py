@@ -79,7 +79,7 @@ class Config(Section):
         """
         own = Layer({path: Given(value, "the configuration") for path, value in toml_text.leaves_of(_tree(self))})
         new = Layer({toml_text.parse_key(path): Given(value, "with_values") for path, value in values.items()})
-        return _resolve([own, new], policies=None)
+        return resolve([own, new], policies=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,25 @@ def load_config(
     Raises:
         ConfigError: in one line, what was given, what is allowed and where it came from.
     """
+    layers = layers_of(preset=preset, config=config, sets=sets, policy=policy, nodes=nodes, steps=steps, seed=seed)
+    return resolve(layers, policies)
+
+
+def layers_of(
+    *,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    sets: Sequence[str] = (),
+    policy: str | None = None,
+    nodes: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+) -> list[Layer]:
+    """The preset, the file, `sets` and the other arguments, as `load_config` takes them.
+
+    Raises:
+        ConfigError: a file or an assignment cannot be read, or the preset is unknown.
+    """
     file = _read_file(Path(config)) if config is not None else Layer()
     flags: dict[toml_text.Path, Given] = {}
     for path, flag, value in (
@@ -175,7 +194,7 @@ def load_config(
             flags[path] = Given(value, f"--{flag}", flag)
     upper = [file, Layer.from_sets(sets), Layer(flags)]
     base = next((layer.values[("preset",)] for layer in reversed(upper) if ("preset",) in layer.values), None)
-    return _resolve([_read_preset(base or Given(DEFAULT_PRESET, "the default")), *upper], policies)
+    return [_read_preset(base or Given(DEFAULT_PRESET, "the default")), *upper]
 
 
 def preset_names() -> list[str]:
@@ -217,8 +236,13 @@ def _read_file(path: Path) -> Layer:
 # --- from layers to a Config ---
 
 
-def _resolve(layers: Sequence[Layer], policies: Sequence[str] | None) -> Config:
-    merged = _merge(layers)
+def resolve(layers: Sequence[Layer], policies: Sequence[str] | None = None) -> Config:
+    """The configuration that *layers* make, a later one over those before; see `load_config`.
+
+    Raises:
+        ConfigError: as `load_config` does.
+    """
+    merged = merge(layers)
     name = merged.get(NAME_OF_POLICY, Given(Config.model_fields["policy"].default, "the default"))
     classes = [_policy_class(Given(policy, "--policies")) for policy in policies or ()] or [_policy_class(name)]
     _check_keys(merged, classes)
@@ -243,7 +267,7 @@ def _with_whole_paths(config: Config) -> Config:
     return config
 
 
-def _merge(layers: Sequence[Layer]) -> dict[toml_text.Path, Given]:
+def merge(layers: Sequence[Layer]) -> dict[toml_text.Path, Given]:
     """One value a path, the last given. Parameters of a policy that a later layer replaces are left out."""
     named = [layer.values[NAME_OF_POLICY].value if NAME_OF_POLICY in layer.values else None for layer in layers]
     final = next((name for name in reversed(named) if name is not None), None)

@@ -91,15 +91,15 @@ def _others(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def of_comparison(comparison: Comparison, directory: Path | None) -> RenderableType:
-    """A comparison: a line a policy, over all steps and without the first epoch."""
+def of_comparison(comparison: Comparison, directory: Path | None, over: str = "seed") -> RenderableType:
+    """A comparison paired *over* seeds or steps: a line a policy, over all steps and without the first epoch."""
     tables: list[RenderableType] = [_standings("all steps", {row["policy"]: row for row in comparison.rows})]
     if comparison.rows[0]["later_epochs"]:
         later = {row["policy"]: row["later_epochs"] for row in comparison.rows}
         tables.append(_standings("after the first epoch", later))
-    seeds = len(comparison.rows[0]["responses"])
-    interval = "; 95 % intervals, paired over seeds" if seeds > 1 else ""
-    note = f"against {comparison.baseline}, {seeds} seed{'s' if seeds > 1 else ''}{interval}"
+    pairs = len(comparison.rows[0]["responses"])
+    interval = f"; 95 % intervals, paired over {over}s" if pairs > 1 else ""
+    note = f"against {comparison.baseline}, {pairs} {over}{'s' if pairs > 1 else ''}{interval}"
     where = [Text(f"written to {directory}", overflow="fold")] if directory is not None else []
     robust = [] if comparison.study is None else _robustness(comparison.study.to_dict())
     return Group(*tables, Text(note), *robust, *where)

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ from pydantic import ValidationError
 
 from simrl.experiments.config import Config, ConfigError, check_context, check_tensor_parallel, config_toml
 from simrl.experiments.hardware_file import load_parameters
+from simrl.experiments.static_search import with_static_plan
 from simrl.policies.contract import InvalidDecision, Policy, PolicyStalled, drive
 from simrl.policies.registry import build_policy, load_policy_class
 from simrl.policies.runtime.steps import StepWork
 from simrl.simulator.backend import SimulatedBackend
-from simrl.simulator.costs import Costs, NodeType
+from simrl.simulator.costs import CostModel, Costs, NodeType
 from simrl.simulator.faults import FaultPlan
 from simrl.simulator.profiled import ProfiledCosts
 from simrl.traces.job import Faults
@@ -65,19 +67,37 @@ class Simulation:
     """A backend that is ready to be driven, and what belongs to it."""
 
     backend: SimulatedBackend
-    costs: Costs | ProfiledCosts
+    costs: CostModel
     recorder: Recorder
     parameters: Parameters
-    oracle: Oracle
+    oracle: object
 
 
-def run(config: Config, *, policy: Policy | None = None, progress: Progress | None = None) -> Result:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run works on, whatever its policy decides.
+
+    Attributes:
+        of_step: The work of a step, by its number.
+        oracle: The true lengths, for a policy that asks for them.
+        parameters: Where the lengths come from.
+    """
+
+    of_step: Callable[[int], StepWork]
+    oracle: object
+    parameters: tuple[Parameter, ...]
+
+
+def run(
+    config: Config, *, policy: Policy | None = None, progress: Progress | None = None, work: Work | None = None
+) -> Result:
     """Simulate *config*.
 
     Args:
         config: Resolved.
         policy: An object to use in place of the policy that *config* names; a copy of it is driven.
         progress: Told after every learned step.
+        work: In place of what is drawn from the configuration's seed.
 
     Raises:
         ConfigError: the configuration is impossible.
@@ -87,12 +107,16 @@ def run(config: Config, *, policy: Policy | None = None, progress: Progress | No
     """
     import pandas  # noqa: F401  loaded here, so that wall_s holds no imports
 
+    if policy is None:
+        config, notes = planned(config)
+    else:
+        notes = ()
     begin_wall_s = time.perf_counter()
-    simulation = simulate(config, progress)
+    simulation = simulate(config, progress, work=work)
     costs = simulation.costs
     check_tensor_parallel(config.engine, costs.node.name, costs.node.gpus)
     gpus = costs.node.gpus * costs.nodes
-    costs.check_fit(config.engine.tensor_parallel, ("decode", "prepare", "learn"), gpus)
+    costs.memory.check_fit(config.engine.tensor_parallel, ("decode", "prepare", "learn"), gpus)
     price = Price.load(price_name(config, simulation.parameters), simulation.parameters)
     _drive(simulation, policy or policy_of(config, simulation.oracle), policy_name(config, policy))
     frames = simulation.recorder.frames()
@@ -107,12 +131,20 @@ def run(config: Config, *, policy: Policy | None = None, progress: Progress | No
         policy_wall_s=simulation.backend.policy_wall_s,
         wall_s=wall_s,
     )
-    warnings = _table_warnings(simulation, frames.workers)
+    warnings = (*notes, *_table_warnings(simulation, frames.workers))
     return Result(config, summary, frames, simulation.parameters.used(), warnings)
 
 
-def simulate(config: Config, progress: Progress | None = None) -> Simulation:
-    """The simulated cluster of *config*, with its work drawn from the configuration's seed.
+def simulate(
+    config: Config, progress: Progress | None = None, steps: Sequence[int] | None = None, work: Work | None = None
+) -> Simulation:
+    """The simulated cluster of *config*, with *work*, or with what is drawn from the configuration's seed.
+
+    Args:
+        config: Resolved.
+        progress: Told after every learned step.
+        steps: Numbers of the job's steps whose work is done as steps 0, 1 and so on; None: those themselves.
+        work: In place of what is drawn.
 
     Raises:
         ConfigError: a name is unknown, or the longest response exceeds the model's context.
@@ -122,21 +154,32 @@ def simulate(config: Config, progress: Progress | None = None) -> Simulation:
         node_type = NodeType.load(config.cluster.node_type, parameters)
         check_context(config.job, parameters)
         costs = costs_of(config, node_type, parameters)
-        lengths = load_workload(config.job.workload)
+        given = work or drawn_work(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    _note_workload(lengths, parameters)
-    job = config.job
+    for parameter in given.parameters:
+        parameters.note(parameter)
+    some = given.of_step if steps is None else lambda step: given.of_step(steps[step])
+    recorder = Recorder()
+    plan = FaultPlan.load(config.faults, config.cluster.nodes, parameters) if config.faults != Faults() else None
+    backend = SimulatedBackend(costs, some, recorder, config.seed, progress, plan, config.cluster)
+    return Simulation(backend, costs, recorder, parameters, given.oracle)
+
+
+def drawn_work(config: Config) -> Work:
+    """Lengths drawn from the workload that *config* names.
+
+    Raises:
+        ValueError: there is no such workload.
+    """
+    lengths, job = load_workload(config.job.workload), config.job
     oracle = Oracle(
         lengths, config.seed, job.dataset_prompts, job.responses_per_prompt, max_tokens=job.max_response_tokens
     )
-    recorder = Recorder()
-    plan = FaultPlan.load(config.faults, config.cluster.nodes, parameters) if config.faults != Faults() else None
-    backend = SimulatedBackend(costs, work_of(config, oracle), recorder, config.seed, progress, plan, config.cluster)
-    return Simulation(backend, costs, recorder, parameters, oracle)
+    return Work(work_of(config, oracle), oracle, _workload_parameters(lengths))
 
 
-def costs_of(config: Config, node_type: NodeType, parameters: Parameters) -> Costs | ProfiledCosts:
+def costs_of(config: Config, node_type: NodeType, parameters: Parameters) -> CostModel:
     """What things take: by the profile that the configuration names, else by the tables and models of its hardware.
 
     A profile stands for the machine: of the node type only the number of GPUs and the price are used. Times are on the
@@ -171,14 +214,35 @@ def work_of(config: Config, oracle: Oracle) -> Callable[[int], StepWork]:
     return work
 
 
-def policy_of(config: Config, oracle: Oracle) -> Policy:
+def planned(config: Config, shared: Config | None = None) -> tuple[Config, tuple[str, ...]]:
+    """*config* with its static plan, and what to say of it (`with_static_plan`).
+
+    Raises:
+        ConfigError: there is no plan, or no such policy, or a parameter is unknown or out of range.
+    """
+    with _told_as_config_error(config):
+        return with_static_plan(config, _simulate_steps, shared)
+
+
+def _simulate_steps(config: Config, steps: Sequence[int]) -> Simulation:
+    return simulate(config, steps=steps)
+
+
+def policy_of(config: Config, oracle: object) -> Policy:
     """The policy that *config* names, with its parameters.
 
     Raises:
         ConfigError: there is no such policy, or a parameter is unknown or out of range.
     """
-    try:
+    config, _ = planned(config)
+    with _told_as_config_error(config):
         return build_policy(load_policy_class(config.policy), config.policy_params, oracle)
+
+
+@contextmanager
+def _told_as_config_error(config: Config) -> Iterator[None]:
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("policy", *first["loc"])))
@@ -215,13 +279,12 @@ def _drive(simulation: Simulation, policy: Policy, name: str) -> None:
         raise
 
 
-def _note_workload(lengths: LengthModel, parameters: Parameters) -> None:
-    for parameter in lengths.parameters:
-        parameters.note(parameter)
+def _workload_parameters(lengths: LengthModel) -> tuple[Parameter, ...]:
     measured = lengths.prompt_tokens
     mean = sum(measured) / len(measured)
     source = f"mean of {len(measured)} lengths that are resampled; {lengths.source}"
-    parameters.note(Parameter("workload.prompt_tokens", round(mean, 2), "token", lengths.status, source))
+    prompts = Parameter("workload.prompt_tokens", round(mean, 2), "token", lengths.status, source)
+    return (*lengths.parameters, prompts)
 
 
 def _table_warnings(simulation: Simulation, workers: pd.DataFrame) -> tuple[str, ...]:
@@ -280,8 +343,13 @@ def check_directory(directory: Path) -> None:
         raise RunDirectoryError(f"output {str(directory)!r} cannot be written: {error.strerror} (--output)") from None
 
 
-def write_run(result: Result, directory: Path) -> None:
+def write_run(result: Result, directory: Path, comment: str = "") -> None:
     """Write a run directory; it appears under its name when it is complete, and not before.
+
+    Args:
+        result: Of the run.
+        directory: See `check_directory`.
+        comment: A line for the head of config.toml.
 
     Raises:
         RunDirectoryError: see `check_directory`.
@@ -290,7 +358,8 @@ def write_run(result: Result, directory: Path) -> None:
     def write(place: Path) -> None:
         import json
 
-        (place / "config.toml").write_text(config_toml(result.config), encoding="utf-8")
+        head = f"# {comment}\n" if comment else ""
+        (place / "config.toml").write_text(head + config_toml(result.config), encoding="utf-8")
         (place / "summary.json").write_text(json.dumps(result.summary, indent=2) + "\n", encoding="utf-8")
         write_parameters(result.parameters, place / "parameters.csv")
         for name, frame in result.frames.by_name().items():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from simrl.experiments.config import Config as Config
     from simrl.experiments.config import ConfigError as ConfigError
     from simrl.experiments.config import load_config as load_config
+    from simrl.experiments.replay import replay as replay
     from simrl.experiments.run import Result as Result
     from simrl.experiments.run import run as run
     from simrl.experiments.run import write_run as write_run
@@ -35,6 +36,7 @@ _WHERE = {
     "Config": "simrl.experiments.config",
     "ConfigError": "simrl.experiments.config",
     "load_config": "simrl.experiments.config",
+    "replay": "simrl.experiments.replay",
     "Result": "simrl.experiments.run",
     "run": "simrl.experiments.run",
     "write_run": "simrl.experiments.run",

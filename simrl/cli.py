@@ -18,6 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from simrl.experiments.config import Config
+    from simrl.experiments.from_verl import Listing
 
 app = typer.Typer(
     add_completion=False,
@@ -50,6 +51,10 @@ ConfigOption = Annotated[str | None, typer.Option(help="TOML file over the prese
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.", metavar="A.B=V")]
 StepsOption = Annotated[int | None, typer.Option(parser=_whole_number, help="job.steps.", metavar="N")]
 SeedOption = Annotated[int | None, typer.Option(parser=_whole_number, help="Root of all random streams.", metavar="S")]
+FromVerlOption = Annotated[
+    Path | None,
+    typer.Option(help="verl's config.yaml, overrides.yaml or launch script, over the preset.", metavar="FILE"),
+]
 OutputOption = Annotated[Path | None, typer.Option(help="Directory to write; must not exist or be empty.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -148,6 +153,7 @@ def run(
     nodes: NodesOption = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
+    from_verl: FromVerlOption = None,
     sets: SetOption = None,
     steps: StepsOption = None,
     seed: SeedOption = None,
@@ -159,7 +165,10 @@ def run(
     from simrl.experiments.run import check_directory, write_run
     from simrl.experiments.run import run as simulate
 
-    resolved = _load(policy=policy, nodes=nodes, preset=preset, config=config, sets=sets, steps=steps, seed=seed)
+    resolved, listing = _load_listed(
+        from_verl, show=not as_json,
+        policy=policy, nodes=nodes, preset=preset, config=config, sets=sets, steps=steps, seed=seed,
+    )  # fmt: skip
     directory = output if output or as_json else _default_directory(resolved)
     if directory:
         check_directory(directory)
@@ -167,6 +176,8 @@ def run(
         result = simulate(resolved, progress=progress)
     if directory:
         write_run(result, directory)
+        if listing:
+            listing.write(directory)
     _warn(result.warnings)
     _print(json.dumps(result.summary, indent=2) if as_json else report.of_run(result, directory))
 
@@ -183,6 +194,7 @@ def compare(
     nodes: NodesOption = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
+    from_verl: FromVerlOption = None,
     sets: SetOption = None,
     steps: StepsOption = None,
     seed: SeedOption = None,
@@ -197,17 +209,54 @@ def compare(
 
     names = [name.strip() for name in policies.split(",") if name.strip()]
     everyone = [*names, *([baseline] if baseline and baseline not in names else [])]
-    resolved = _load(
-        preset=preset, config=config, sets=sets, nodes=nodes, steps=steps, seed=seed, policies=everyone or None
-    )
+    resolved, listing = _load_listed(
+        from_verl, show=not as_json,
+        preset=preset, config=config, sets=sets, nodes=nodes, steps=steps, seed=seed, policies=everyone or None,
+    )  # fmt: skip
     if output:
         check_directory(output)
     with _progress("runs", (seeds + (robustness or 0)) * len(everyone)) as progress:
         comparison = compare_policies(resolved, names, seeds, baseline, robustness=robustness, progress=progress)
     if output:
         write_comparison(comparison, resolved, output)
+        if listing:
+            listing.write(output)
     _warn(comparison.warnings)
     _print(json.dumps(comparison.to_dict(), indent=2) if as_json else report.of_comparison(comparison, output))
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="Of `simrl trace import`.", metavar="T.parquet")],
+    policies: Annotated[
+        list[str] | None, typer.Option("--policy", help="Repeatable: the first is the baseline.", metavar="NAME")
+    ] = None,
+    nodes: NodesOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    steps: Annotated[int | None, typer.Option(parser=_whole_number, help="The first N only.", metavar="N")] = None,
+    seed: SeedOption = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Simulate policies on the lengths of a trace."""
+    from simrl.experiments.replay import load_replay
+    from simrl.experiments.run import check_directory
+
+    loaded = load_replay(
+        trace, policies or (), preset=preset, config=config, sets=sets or (), nodes=nodes, steps=steps, seed=seed
+    )
+    first, single = loaded.configs[0], len(loaded.configs) == 1
+    directory = output if output or as_json or not single else _default_directory(first)
+    if directory:
+        check_directory(directory)
+    with _no_collection(), _progress("steps", first.job.steps * len(loaded.configs)) as progress:
+        replayed = loaded.run(progress)
+    if directory:
+        replayed.write(directory)
+    _warn(replayed.warnings)
+    _print(json.dumps(replayed.to_dict(), indent=2) if as_json else replayed.table(directory))
 
 
 @app.command()
@@ -234,11 +283,22 @@ def validate(
     records: Annotated[
         Path | None, typer.Option(help="Published stage times to predict instead.", metavar="FILE.csv")
     ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="A run's steps to predict instead, from its first tenth.", metavar="T.parquet")
+    ] = None,
+    preset: PresetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run policies on real engines and simulated, and print how far the simulator is off; or predict records."""
+    """Run policies on real engines and simulated, and print how far the simulator is off; or predict records, a run."""
+    if records is not None and trace is not None:
+        raise typer.BadParameter("--records and --trace exclude each other")
+    if preset is not None and trace is None:
+        raise typer.BadParameter("--preset goes with --trace only; real runs have settings of their own")
     if records is not None:
         _validate_records(records, as_json=as_json)
+        return
+    if trace is not None:
+        _validate_trace(trace, _load(preset=preset, config=config, sets=sets, seed=seed), as_json=as_json)
         return
     from simrl.experiments import report
     from simrl.experiments.run import check_directory
@@ -262,6 +322,14 @@ def _validate_records(path: Path, *, as_json: bool) -> None:
 
     found = validate_records(path)
     _print(json.dumps(found.to_json(), indent=2) if as_json else of_records(found))
+
+
+def _validate_trace(path: Path, config: Config, *, as_json: bool) -> None:
+    from simrl.experiments.trace_check import check_trace, of_check
+
+    with _progress("percent", 100) as progress:
+        found = check_trace(path, config, progress)
+    _print(json.dumps(found, indent=2) if as_json else of_check(found))
 
 
 @app.command()
@@ -422,6 +490,19 @@ def _load(**options: Any) -> Config:
 
     sets = options.pop("sets", None)
     return load_config(sets=sets or (), **options)
+
+
+def _load_listed(from_verl: Path | None, *, show: bool, **options: Any) -> tuple[Config, Listing | None]:
+    """The configuration and, with a verl configuration below it, what became of that."""
+    if from_verl is None:
+        return _load(**options), None
+    from simrl.experiments.from_verl import load_verl_config
+
+    options["sets"] = options["sets"] or ()
+    config, listing = load_verl_config(from_verl, **options)
+    if show:
+        listing.show()
+    return config, listing
 
 
 def _default_directory(config: Config) -> Path:

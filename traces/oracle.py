@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,3 +52,28 @@ class Oracle:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Oracle:
         return self  # immutable, as far as anyone can see: `drive` copies policies
+
+
+@dataclass(frozen=True)
+class StepOracle:
+    """The same where lengths are given step by step: `open` tells it those of a step, before the policy hears of it."""
+
+    _lengths: dict[int | str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def open(self, prompt_ids: Sequence[int | str], response_tokens: Sequence[Sequence[int]]) -> None:
+        """Know the lengths of a step, a row a prompt."""
+        self._lengths.update(zip(prompt_ids, map(tuple, response_tokens), strict=True))
+
+    def lengths(self, epoch: int, prompt_id: int | str) -> tuple[int, ...]:
+        """True response tokens of a prompt, by sample, in the newest step that has it, whatever the epoch.
+
+        Raises:
+            ValueError: no step so far has it.
+        """
+        del epoch  # a trace may begin in the middle of one
+        if prompt_id not in self._lengths:
+            raise ValueError(f"{prompt_id=} is in no step so far")
+        return self._lengths[prompt_id]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepOracle:
+        return self  # `drive` copies policies; it is the backend that tells it of steps

@@ -84,6 +84,7 @@ def import_trace(
             notes=reading.notes,
             skipped=reading.skipped,
             skipped_examples=reading.examples,
+            config=reading.config,
         )
         writer.finish(provenance)
     return provenance

@@ -38,6 +38,7 @@ class Reading:
         examples: The first few of them.
         notes: What a reader of the trace has to know.
         estimated: Columns that are guesses, and how.
+        config: The configuration of a simrl run, as TOML.
     """
 
     skip_bad: bool = False
@@ -46,6 +47,7 @@ class Reading:
     examples: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     estimated: dict[str, str] = field(default_factory=dict)
+    config: str = ""
     _finished_bytes: int = 0
     _told_bytes: int = 0
 

@@ -29,7 +29,11 @@ def run_rows(path: Path, reading: Reading) -> Iterator[tuple[Path, int, Row]]:
     Raises:
         TraceError: A file is missing or damaged.
     """
-    gpus = _gpus(path / "summary.json")
+    gpus, config = _gpus(path / "summary.json"), path / "config.toml"
+    try:
+        reading.config = config.read_text(encoding="utf-8") if config.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"{config}: cannot be read: {error}") from None
     for index, row in enumerate(_steps(path / "phases.parquet"), 1):
         yield path / "phases.parquet", index, {**row, "gpus": gpus}
     samples = path / "samples.parquet"

@@ -45,9 +45,9 @@ RANKED = ("step", "gpu_s")  # what policies are ranked by
 
 VOCABULARY = 256  # token ids of prompts are below it: any model has so many
 PRESET: Sequence[str] = (
-    "job.prompts_per_step=12", "job.responses_per_prompt=2", "job.dataset_prompts=12", "job.mini_batch_prompts=4",
-    "job.steps=4", "job.max_prompt_tokens=256", "job.max_response_tokens=512", "engine.tensor_parallel=1",
-    "engine.max_num_seqs=32", "engine.max_num_batched_tokens=2048", "cluster.nodes=1",
+    "job.prompts_per_step=8", "job.responses_per_prompt=2", "job.dataset_prompts=8", "job.mini_batch_prompts=4",
+    "job.steps=4", "job.workload=livecodebench-llama", "job.max_prompt_tokens=256", "job.max_response_tokens=768",
+    "engine.tensor_parallel=1", "engine.max_num_seqs=32", "engine.max_num_batched_tokens=2048", "cluster.nodes=1",
 )  # fmt: skip
 """A job that a tiny model does on a CPU within seconds; every step is an epoch, so that policies see history soon."""
 SIMULATED_ONLY: Mapping[str, Sequence[str]] = {

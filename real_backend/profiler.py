@@ -144,7 +144,8 @@ class Profiler:
         self.saves: list[tuple[int, float]] = []
         self.loads: list[tuple[int, float]] = []
         self.block_bytes = 0
-        self.parks: list[tuple[float, float]] = []
+        self.parks: list[float] = []  # of the slowest engine
+        self.wakes: list[list[float]] = []  # of each, in their order
         self.scores: list[tuple[int, float]] = []  # padded tokens
         self.load_weights_s: list[float] = []
         self.load_scorer_s: list[float] = []
@@ -286,8 +287,8 @@ class Profiler:
     def _learn_round(self, ranks: Ranks, micro_batch_tokens: int, mini_batch_prompts: int, index: int) -> None:
         """Connect the ranks, learn batches of all sizes, write the weights and take them in.
 
-        The engines are parked meanwhile, as they are in a run. Waking an engine takes ten times as long if its memory
-        went to others, so that of several one is slow, and a stage begins when all are awake.
+        The engines are parked meanwhile, as they are in a run. Waking one takes up to ten times as long if its memory
+        went to others meanwhile: the first find some that is free, the last do not.
         """
         actors = self.hosts.learners([Place(0, (gpu,)) for gpu in range(ranks.world)])
         import_s = max(self.hosts.get([actor.ready.remote() for actor in actors]))
@@ -302,7 +303,8 @@ class Profiler:
         self._learn(actors, Ranks(ranks.world), draw_batch(rng, ranks.world, self.player.vocabulary))  # to warm up
         for groups in rng.permutation(self.extent.groups).tolist():
             self._learn(actors, ranks, draw_batch(rng, groups * -(-ranks.world // 2), self.player.vocabulary))
-        self.parks.append((max(parks_s), max(self._on_all("wake"))))
+        self.parks.append(max(parks_s))
+        self.wakes.append(self._on_all("wake"))
         for _ in range(self.extent.syncs):
             self._sync(actors, ranks)
         self.hosts.get([actor.close.remote() for actor in actors])
@@ -365,8 +367,8 @@ class Profiler:
             prefix_hits=tuple(_prefix_hit(tokens, pairs) for tokens, pairs in sorted(self.hits.items())),
             kv=KVMoves(block_bytes=self.block_bytes, save=Line.fit(self.saves), load=Line.fit(self.loads)),
             load_weights_s=Quartiles.of(self.load_weights_s),
-            park_s=Quartiles.of([park_s for park_s, _ in self.parks]),
-            wake_s=Quartiles.of([wake_s for _, wake_s in self.parks]),
+            park_s=Quartiles.of(self.parks),
+            wake_s=tuple(Quartiles.of(wakes_s) for wakes_s in zip(*self.wakes, strict=True)),
             engine_start=_cold_start(self.engine_starts),
             preparation=Preparation(
                 score=Line.fit(self.scores), load_s=Quartiles.of(self.load_scorer_s), first_load_s=self.start_scorer_s

@@ -186,8 +186,12 @@ class Player:
         return Played(tuple(iterations), wall_s)
 
     def probe(self, engines: Sequence[Any], clock: ClockName) -> list[Played]:
-        """The fixed workload as engines run it on that clock: all in turn on the virtual one, else the first alone."""
+        """The fixed workload as engines run it on that clock: all in turn on the virtual one, else the first alone.
+
+        Played twice, since engines that were parked or idle begin slowly; the second time counts.
+        """
         engines = engines if clock == "virtual" else engines[:1]
+        self.play(engines, [probe_workload()] * len(engines), clock)
         return self.play(engines, [probe_workload()] * len(engines), clock)
 
 

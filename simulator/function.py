@@ -32,6 +32,7 @@ class SimFunction(ClusterFunction):
         self, cluster: SimulatedBackend, name: str, gpus: int, roles: tuple[Role, ...], node: int | None
     ) -> None:
         self.engine: Engine[Request] | None = None
+        self.engine_awake = False
         self._span: Span | None = None  # what the engine is at
         self._span_start_s = 0.0
         machine = cluster.costs.node
@@ -65,7 +66,7 @@ class SimFunction(ClusterFunction):
         else:
             yield from self._cold_start(self.node)
         if {"prefill", "decode"} & set(self.roles):
-            self.engine = self._new_engine()
+            self.engine, self.engine_awake = self._new_engine(), True
 
     def _cold_start(self, node: int) -> Process:
         """Each phase is drawn for itself; image and weights are pulled once a node."""
@@ -104,19 +105,30 @@ class SimFunction(ClusterFunction):
 
     def switch(self, role: Role) -> simpy.Event | None:
         """Sleep or wake the engine, move the learner's state if it is kept in host memory."""
-        load = self.cluster.costs.movement.switch_load(self.role, role, self.gpus, self.learner_world())
+        self.engine_awake = role in ("prefill", "decode")
+        load = self.cluster.costs.movement.switch_load(
+            self.role, role, self.gpus, self.learner_world(), self._engines_awake()
+        )
         return self._move(load, self.links.to_host if role in ("prefill", "decode") else self.links.from_host)
 
     def park_work(self) -> simpy.Event | None:
         """GPU to host memory, where kept processes make room."""
+        self.engine_awake = False
         self.cluster.make_host_room(self)
         load = self.cluster.costs.movement.park_load(self.gpus, self.roles, self.learner_world())
         return self._move(load, self.links.to_host)
 
     def wake_work(self) -> simpy.Event | None:
         """Host memory to GPU."""
-        load = self.cluster.costs.movement.wake_load(self.gpus, self.roles, self.learner_world())
+        self.engine_awake = True
+        awake = self._engines_awake()
+        load = self.cluster.costs.movement.wake_load(self.gpus, self.roles, self.learner_world(), awake)
         return self._move(load, self.links.from_host)
+
+    def _engines_awake(self) -> int:
+        """On its node, its own included."""
+        there = (f for f in self.cluster.functions.values() if isinstance(f, SimFunction) and f.node == self.node)
+        return sum(function.engine_awake and function.state is not State.GONE for function in there)
 
     def release(self) -> Process:
         """A task: end, once outgoing KV has left; with a keep-alive the process waits in host memory for a while."""

@@ -48,14 +48,16 @@ class Movement:
         """GPU to host. Engine weights have a host copy already (vLLM's sleep mode), the learner's state moves."""
         return Load(self._number("switch.engine_sleep_s"), gpus * self.memory.idle_state_bytes(learner_world))
 
-    def wake_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
-        """Host to GPU: engine weights and the learner's state."""
+    def wake_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None, awake: int | None = None) -> Load:
+        """Host to GPU: engine weights and the learner's state. Whether others are *awake* only matters on CPUs."""
         weights = self.memory.resident_bytes(gpus, roles, None)
         # The measured wake-up of small models includes their weights.
         fixed_s = max(self._number("switch.engine_wake_s") - weights / self.node.host_bytes_per_s, 0.0)
         return Load(fixed_s, gpus * (weights + self.memory.idle_state_bytes(learner_world)))
 
-    def switch_load(self, old: Role | None, new: Role, gpus: int, learner_world: int | None) -> Load:
+    def switch_load(
+        self, old: Role | None, new: Role, gpus: int, learner_world: int | None, awake: int | None = None
+    ) -> Load:
         """Changing the awake role. Prefill and decode share an engine, prepare and learn a trainer.
 
         After a start or a wake (*old* is None) both are ready. Offloaded state goes to the host when an engine wakes.

@@ -242,18 +242,24 @@ class ProfiledCosts:
         """The engine gives its memory back; a learner's state stays where it is."""
         return Load(self._median("park_s", self.profile.park_s) if set(roles) - {"learn"} else 0.0)
 
-    def wake_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None) -> Load:
-        """The engine gets it again."""
-        return Load(self._median("wake_s", self.profile.wake_s) if set(roles) - {"learn"} else 0.0)
+    def wake_load(self, gpus: int, roles: Sequence[Role], learner_world: int | None, awake: int | None = None) -> Load:
+        """The engine gets it again; with *awake* engines in all it takes as long as it was measured for so many."""
+        if not set(roles) - {"learn"}:
+            return Load(0.0)
+        most = len(self.profile.wake_s)
+        number = most if awake is None else min(awake, most)
+        return Load(self._median(f"wake_s.{number}", self.profile.wake_s[number - 1]))
 
-    def switch_load(self, old: Role | None, new: Role, gpus: int, learner_world: int | None) -> Load:
+    def switch_load(
+        self, old: Role | None, new: Role, gpus: int, learner_world: int | None, awake: int | None = None
+    ) -> Load:
         """The engine sleeps while its function prepares or learns."""
         if old is None:  # after a start or a wake
             return self.park_load(gpus, (new,), learner_world) if new == "prepare" else Load(0.0)
         engine_before, engine_after = (role in ("prefill", "decode") for role in (old, new))
         if engine_before == engine_after:
             return Load(0.0)
-        return self.wake_load(gpus, (new,), None) if engine_after else self.park_load(gpus, (old,), None)
+        return self.wake_load(gpus, (new,), None, awake) if engine_after else self.park_load(gpus, (old,), None)
 
     # --- starts ---
 

@@ -104,7 +104,7 @@ TREE: dict[str, Any] = {
     "kv": {"block_bytes": 131072, "save": line(0.001, 1e-6), "load": line(0.002, 3e-6)},
     "load_weights_s": around(0.04),
     "park_s": around(0.005),
-    "wake_s": around(0.02),
+    "wake_s": [around(0.02), around(0.03)],
     "engine_start": {"phases_s": {"process_s": 1.0, "import_s": 5.0, "init_s": 2.0}, "total_s": [8.0, 8.0]},
     "preparation": {"score": line(0.01, 2e-4), "load_s": around(0.015), "first_load_s": 0.5},
     "micro_batch_tokens": 40,
@@ -344,9 +344,10 @@ def test_moves_starts_and_switches_by_hand() -> None:
     assert sum(costs.movement.start_phases(1, roles, cached=False).values()) == pytest.approx(8.0)
     assert sum(costs.movement.start_phases(1, ("learn",), cached=False).values()) == 0.0
     assert costs.movement.start_spread() == 0.0
-    assert (costs.park_load(1, roles, None).fixed_s, costs.wake_load(1, roles, None).fixed_s) == (0.005, 0.02)
+    assert costs.park_load(1, roles, None).fixed_s == 0.005
+    assert [costs.wake_load(1, roles, None, awake).fixed_s for awake in (1, 2, 3, None)] == [0.02, 0.03, 0.03, 0.03]
     switches = [(None, "decode"), ("decode", "prepare"), ("prepare", "learn"), ("learn", "decode"), (None, "prepare")]
-    assert [costs.switch_load(old, new, 1, 1).fixed_s for old, new in switches] == [0.0, 0.005, 0.0, 0.02, 0.005]
+    assert [costs.switch_load(old, new, 1, 1, 1).fixed_s for old, new in switches] == [0.0, 0.005, 0.0, 0.02, 0.005]
     assert costs.memory.resident_bytes(1, roles, 2) == 4e6 + 12e6 / 2
     assert (costs.node.gpus, costs.node.gpu, costs.nodes) == (2, "core of Some CPU", 1)
     assert costs.node.host_memory_bytes == 8e9
@@ -392,6 +393,15 @@ def test_verl_takes_what_arithmetic_says_and_every_number_has_its_source() -> No
     assert found["learner.1.update_cpu.optimizer_step_s"] == 0.4
     assert found["preparation.load_s"] == 0.015
     assert found["engine_start.import_s"] == 5.0
-    assert {"micro_batch_tokens", "park_s", "wake_s", "load_weights_s", "iterations.decode", "engine.kv_blocks"} <= set(
-        found
-    )
+    names = ("micro_batch_tokens", "park_s", "wake_s.1", "load_weights_s", "iterations.decode", "engine.kv_blocks")
+    assert set(names) <= set(found)
+
+
+def test_an_engine_that_wakes_after_others_waits_longer() -> None:
+    lengths = [[[5], [5]], [[3], [3]]]
+    backend, recorder = make_backend(costs_of(make_job(lengths, mini_batch_prompts=1), gpus_per_node=2), lengths)
+    drive(backend, Verl())
+    frames = recorder.frames()
+    begin_s = frames.phases.query("stage == 'step' and step == 1").start_s.item()
+    waking = frames.workers.query("state == 'cold' and start_s == @begin_s")
+    assert sorted(waking.end_s - begin_s) == pytest.approx([0.02, 0.03])

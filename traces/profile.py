@@ -328,7 +328,7 @@ class Profile(Section):
         kv: Moving KV.
         load_weights_s: New weights from a file into all engines, until the slowest has them.
         park_s: All engines of a round have given their memory back, side by side: the slowest of them.
-        wake_s: And have it again.
+        wake_s: An engine has it again, with one, two and more engines awake then: memory that is free comes first.
         engine_start: Cold start of an engine.
         preparation: Log-probs.
         micro_batch_tokens: Limit of a micro-batch in preparation and, unless varied, in learning; padding included.
@@ -355,7 +355,7 @@ class Profile(Section):
     kv: KVMoves
     load_weights_s: Quartiles
     park_s: Quartiles
-    wake_s: Quartiles
+    wake_s: tuple[Quartiles, ...] = Field(min_length=1)
     engine_start: ColdStart
     preparation: Preparation
     micro_batch_tokens: int = Field(ge=1)

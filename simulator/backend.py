@@ -55,6 +55,7 @@ class SimulatedBackend(ClusterBackend):
     def reset(self) -> View:
         """Begin the job at time 0 with an empty cluster and an empty record."""
         view = super().reset()
+        self.at_work: dict[str, SimFunction] = {}  # whose engines run, if it matters whether there are others
         self.network = Network(self.env, self.num_nodes, self.costs.node.nic_bytes_per_s, self.costs.store_bytes_per_s)
         self.weight_sync = WeightSync(self.network, self.costs.movement, self.options.weight_sync)
         self.keep_alive = KeepAlive(self.env, self.options.keep_alive_s, self.recorder)

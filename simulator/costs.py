@@ -87,6 +87,7 @@ class Costs:
         self.memory = Memory(job, self.model, engine, utilization, node, parameters)
         self.learning = Learning(job, self.model, node, parameters)
         self.store_bytes_per_s = parameters.number("network.store_bytes_per_s")
+        self.alone_factor = 1.0  # of iteration times where a node has one engine at work: GPUs do not share caches
         self.movement = Movement(self.memory, node, parameters, eager=self._eager)
         self.times = functools.cache(self._times)
         self._flat_batch = functools.cache(self._compute_flat_batch)

@@ -238,11 +238,11 @@ class FaultInjector:
 
 
 class SlowTimes(IterationTimes):
-    """Iteration times of an engine on a slow node.
+    """Iteration times as a multiple of others: of an engine on a slow node, or one that has a core to itself.
 
     Args:
-        times: Of an engine on another node; counts look-ups beyond its tables.
-        factor: What a slow node takes, as a multiple.
+        times: The others; count look-ups beyond their tables.
+        factor: The multiple.
     """
 
     def __init__(self, times: IterationTimes, factor: float) -> None:

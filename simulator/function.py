@@ -89,8 +89,10 @@ class SimFunction(ClusterFunction):
 
     def _times(self) -> IterationTimes:
         """Of its engine, on its node."""
-        times, slowness = self.cluster.costs.times(self.gpus), self.cluster.slowness(self.node)
-        return times if slowness == 1 else SlowTimes(times, slowness)
+        times, factor = self.cluster.costs.times(self.gpus), self.cluster.slowness(self.node)
+        if len(self.cluster.at_work) == 1:
+            factor *= self.cluster.costs.alone_factor
+        return times if factor == 1 else SlowTimes(times, factor)
 
     def _new_engine(self) -> Engine[Request]:
         costs = self.cluster.costs
@@ -148,6 +150,7 @@ class SimFunction(ClusterFunction):
         """Responses leave the engine with the tokens of the iterations that are over."""
         if self.engine is None:
             return set()
+        self._takes_turns(False)
         self.catch_up()
         completed, self._span, now = self._completed(), None, self.cluster.env.now
         if completed:
@@ -208,8 +211,12 @@ class SimFunction(ClusterFunction):
         """A span of the engine's, cut short at the end of an iteration if there is something to see to."""
         env, engine = self.cluster.env, self.engine
         assert engine is not None, "only functions with an engine are assigned responses"
+        if self.cluster.costs.alone_factor != 1:
+            self._takes_turns(len(engine) > 0)
+            engine.times = self._times()
         span = engine.plan(self.cluster.completions_ahead(self))
         if span is None:
+            self._takes_turns(False)
             return False
         self.generate()
         self._span, self._span_start_s = span, env.now
@@ -227,6 +234,20 @@ class SimFunction(ClusterFunction):
         span, self._span = self._span, None
         self._advance(span, self._span_start_s)
         return True
+
+    def _takes_turns(self, working: bool) -> None:
+        """Whether it is at work; engines that share a core are slower than one alone (`alone_factor`)."""
+        at_work = self.cluster.at_work
+        if self.cluster.costs.alone_factor == 1 or working == (self.name in at_work):
+            return
+        was_alone = len(at_work) == 1
+        if working:
+            at_work[self.name] = self
+        else:
+            del at_work[self.name]
+        for function in at_work.values():
+            if function is not self and was_alone != (len(at_work) == 1):
+                function.poke()
 
     def _boundary_s(self) -> float:
         """Let the span end with the current iteration; seconds until then."""

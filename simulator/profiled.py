@@ -79,6 +79,10 @@ class ProfiledCosts:
         self.node = self._node(gpus_per_node)
         self.memory = self.learning = self.movement = self  # parts of `Costs`; here all of them read the profile
         self.times = functools.cache(self._times)
+        self.alone_factor = 1.0
+        if clock == profile.clock == "virtual":
+            other_clock = profile.iterations.other_clock
+            self.alone_factor = self._read("iterations.alone", other_clock.median, "1, where no other uses the core")
         self._flat_batch = functools.cache(self._compute_flat_batch)
 
     def _limit(self, name: str, given: int | None, measured: int) -> int:

@@ -379,10 +379,11 @@ def test_verl_takes_what_arithmetic_says_and_every_number_has_its_source() -> No
     costs = costs_of(job, gpus_per_node=1, parameters=parameters, clock="virtual")
     backend, recorder = make_backend(costs, [[[5]], [[3]]])
     drive(backend, Verl())
-    decode_s = [0.003 + 1e-6 * context for context in (21, 22, 23, 24)]
+    alone = 0.8  # no other engine uses the core
+    decode_s = [alone * (0.003 + 1e-6 * context) for context in (21, 22, 23, 24)]
     # One response of 25 tokens in the first step, and one of 23 in the second.
-    first_s = 8.0 + 0.003 + 0.002 + sum(decode_s) + 0.005 + 0.015 + 0.01 + 2e-4 * 25 + 0.4 + 0.2 + 2e-4 * 25
-    second_s = 0.02 + 0.02 + 0.04 + 0.003 + 0.002 + sum(decode_s[:2])
+    first_s = 8.0 + alone * 0.005 + sum(decode_s) + 0.005 + 0.015 + 0.01 + 2e-4 * 25 + 0.4 + 0.2 + 2e-4 * 25
+    second_s = 0.02 + 0.02 + 0.04 + alone * 0.005 + sum(decode_s[:2])
     second_s += 0.005 + 0.015 + 0.01 + 2e-4 * 23 + 0.4 + 0.2 + 2e-4 * 23
     steps = recorder.frames().phases.query("stage == 'step'")
     assert (steps.end_s - steps.start_s).tolist() == pytest.approx([first_s, second_s], rel=1e-9)
@@ -405,3 +406,15 @@ def test_an_engine_that_wakes_after_others_waits_longer() -> None:
     begin_s = frames.phases.query("stage == 'step' and step == 1").start_s.item()
     waking = frames.workers.query("state == 'cold' and start_s == @begin_s")
     assert sorted(waking.end_s - begin_s) == pytest.approx([0.02, 0.03])
+
+
+def test_an_engine_is_faster_once_no_other_uses_the_core() -> None:
+    lengths = [[[5], [3]]]
+    costs = costs_of(make_job(lengths, mini_batch_prompts=1), gpus_per_node=2, clock="virtual")
+    backend, recorder = make_backend(costs, lengths)
+    drive(backend, Verl())
+    shorter_s, longer_s = recorder.frames().samples.sort_values("response_tokens").finished_s
+    # An iteration keeps the pace that it began with: the first engine's prefill begins before there is a second.
+    assert shorter_s - longer_s == pytest.approx(
+        0.005 + 0.003021 + 0.003022 - (0.8 * 0.005 + 0.003021 + 0.003022 + 0.003023 + 0.8 * 0.003024), rel=1e-9
+    )

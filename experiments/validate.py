@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from simrl.experiments.config import Config, ConfigError, config_toml, load_config
+from simrl.experiments.plots import COLOURS, gantt
 from simrl.experiments.run import policy_of, work_of
 from simrl.policies.contract import drive
 from simrl.real_backend.actors import HostPool
@@ -392,13 +393,6 @@ def write_validation(validation: Validation, directory: Path) -> None:
     write_directory(directory, write)
 
 
-COLOURS = {
-    "generation": "#0072B2", "preparation": "#E69F00", "learning": "#009E73", "weight_sync": "#CC79A7",
-    "cold": "#999999", "idle": "#DDDDDD",
-}  # fmt: skip
-"""Okabe and Ito's palette, told apart by colour-blind readers."""
-
-
 def draw_timelines(validation: Validation, path: Path) -> None:
     """One panel a policy: the first real run above the simulated one, functions as rows, starts left out."""
     import matplotlib
@@ -426,17 +420,7 @@ def draw_timelines(validation: Validation, path: Path) -> None:
 def _draw_run(axis: Any, run: Run) -> None:
     workers = run.frames.workers
     begin_s = float(workers[workers["stage"] == "generation"]["start_s"].min())
-    functions = sorted(workers["function"].unique())
-    for place, function in enumerate(functions):
-        rows = workers[(workers["function"] == function) & (workers["end_s"] > begin_s)]
-        for state, stage, start_s, end_s in zip(
-            rows["state"], rows["stage"], rows["start_s"], rows["end_s"], strict=True
-        ):
-            colour = COLOURS.get(stage if state == "busy" else state)
-            if colour is not None:
-                start_s = max(start_s, begin_s)
-                axis.broken_barh([(start_s - begin_s, end_s - start_s)], (place - 0.4, 0.8), color=colour)
-    axis.set_yticks(range(len(functions)), functions, fontsize=6)
+    gantt(workers, axis, by="function", start_s=begin_s)
     axis.set_xlabel("s after the first generation began", fontsize=7)
     axis.set_title(f"{run.policy}, {run.kind}", fontsize=9, loc="left")
     axis.tick_params(labelsize=7)

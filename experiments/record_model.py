@@ -24,7 +24,7 @@ from simrl.simulator.costs import Costs, NodeType
 from simrl.simulator.engine import BLOCK_TOKENS, Engine, Request
 from simrl.traces.job import Engine as EngineSpec
 from simrl.traces.job import Job
-from simrl.traces.models import load_model, model_names
+from simrl.traces.models import Model, load_model, model_names
 from simrl.traces.parameters import Parameters, shipped_parameters
 from simrl.traces.streams import stream
 
@@ -47,13 +47,20 @@ LORA_UNITS = 14  # A and B of a layer's seven linear maps: FSDP units of their o
 MICRO_BATCH_TOKENS = 16384  # verl's default ppo_max_token_len_per_gpu
 NODE_GPUS = 8  # most of an engine
 MOST_UTILIZATION = 0.9  # vLLM's default, where verl's 0.6 leaves no room
+MAX_PROMPT_TOKENS = 1024  # verl's GSM8K and MATH example scripts: 512 to 2048
+POSITION_S = 0.12e-6  # s a padded position that verl's controller hands to workers; range 0.025e-6 to 0.6e-6
+HIDDEN_BYTES, INTERMEDIATE_BYTES, KV_BYTES, VOCAB_BYTES = 126, 16, 28, 12
+"""Bytes that a token's forward pass moves through GPU memory: by width of a layer, and by entry of the vocabulary.
+
+Counted in transformers' eager Qwen2 in bf16: 36 a norm, 20 rotations, 34 other reads and writes of the hidden width.
+"""
 
 SAME_CHIP = {"a800": "a100"}  # but for its NVLink
-LIMITS = {"host_s_per_layer": (1e-5, 2e-2), "learn_mfu": (1e-3, 1.0), "forward_mfu": (1e-3, 1.0)}
+LIMITS = {"host_s_per_layer": (1e-5, 2e-2), "efficiency": (1e-3, 1.0)}
 """Where constants are looked for."""
-UNITS = {"host_s_per_layer": "s/layer", "startup_s": "s", "learn_mfu": "1", "forward_mfu": "1"}
+UNITS = {"host_s_per_layer": "s/layer", "startup_s": "s", "efficiency": "1", "adapter_s": "s"}
 POOLED = "pooled"  # the class of a log whose own class has no other
-STAGE_OF = {"host_s_per_layer": "generation", "learn_mfu": "update", "forward_mfu": "log_probs"}
+STAGES_OF = {"host_s_per_layer": ("generation",), "efficiency": ("log_probs", "update")}
 MEAN_FROM = ("log_probs", "update")  # stages whose time tells an unknown mean length: they grow with tokens alone
 ROWS_A_LOG = 8  # of a long log, evenly spaced: enough to fit one constant
 
@@ -65,14 +72,14 @@ class Constants:
     Attributes:
         host_s_per_layer: Host time of an engine iteration, s a layer: launches in eager mode, else overhead.
         startup_s: What generation takes before the engine starts: waking up and resharding.
-        learn_mfu: Share of its peak that a GPU of the class achieves in learning, as MFU counts FLOPs.
-        forward_mfu: The same in forward passes.
+        efficiency: Share of its peak that a GPU achieves in matrix products.
+        adapter_s: What an FSDP unit of LoRA's adapters adds to a pass.
     """
 
     host_s_per_layer: float
     startup_s: float
-    learn_mfu: float
-    forward_mfu: float
+    efficiency: float
+    adapter_s: float
 
 
 class CannotPredict(ValueError):
@@ -327,11 +334,11 @@ def _costs(setting: Setting, constants: Constants, utilization: float | None = N
     """
     record = setting.record
     host = "launch_s_per_layer" if setting.eager else "overhead_s_per_layer"
-    units = 1 + LORA_UNITS * (adapters and setting.lora_rank > 0)
-    mfu = {"learn_mfu": constants.learn_mfu, "forward_mfu": constants.forward_mfu}
+    units = LORA_UNITS if adapters and setting.lora_rank else 0
+    mfu = {"learn_mfu": constants.efficiency * 3 / 4, "forward_mfu": constants.efficiency}  # one rate: see learning
     parameters = Parameters({
         "engine": {setting.preset: {host: constants.host_s_per_layer}}, "gpu": {setting.gpu: mfu},
-        "learner": {"layer_overhead_s": units * _shipped("learner.layer_overhead_s")},
+        "learner": {"layer_overhead_s": _shipped("learner.layer_overhead_s") + units * constants.adapter_s},
     })  # fmt: skip
     node = next(n for n in parameters.names_in("node") if parameters.name(f"node.{n}.gpu") == setting.gpu)
     node_type = NodeType.load(node, parameters)
@@ -358,9 +365,13 @@ def _micro_batch_tokens(setting: Setting, prompts: int) -> int:
     responses, stated = setting.record.count("micro_batch_responses"), setting.record.count("micro_batch_tokens")
     if responses is None:
         return stated or MICRO_BATCH_TOKENS
-    count = math.ceil(prompts * setting.samples * setting.learner_parallel / setting.gpus / responses)
+    count = _micro_batches(setting, prompts, responses)
     tokens = prompts * setting.samples * (setting.mean + setting.prompt_tokens) / setting.gpus
     return math.ceil(tokens / (count - 0.5))  # half a micro-batch of room: shares are not quite equal
+
+
+def _micro_batches(setting: Setting, prompts: int, responses: int) -> int:
+    return math.ceil(prompts * setting.samples * setting.learner_parallel / setting.gpus / responses)
 
 
 def predict_s(setting: Setting, stage: str, constants: Constants) -> float:
@@ -375,19 +386,46 @@ def predict_s(setting: Setting, stage: str, constants: Constants) -> float:
 
 def _pass_s(setting: Setting, column: str, tokens: Sequence[int], constants: Constants) -> float:
     """A model's update, or its forward pass: the reference is the actor without its adapters."""
-    costs = _costs(setting, constants, adapters=column != "ref_s")
+    updates = column.startswith("update")
+    prompts = _mini_batch_prompts(setting) if updates else setting.prompts
+    waiting = _slowest_share(setting, tokens, prompts)
+    slower = replace(constants, efficiency=constants.efficiency / waiting)
+    costs = _costs(setting, slower, adapters=column != "ref_s")
     learning, gpus = costs.learning, setting.gpus
-    if column.startswith("update"):
-        limit = setting.learner_parallel * _micro_batch_tokens(setting, _mini_batch_prompts(setting))
-        learning.job = learning.job.model_copy(update={"micro_batch_tokens": limit})
-        return learning.learn_s(tokens, gpus, costs.nodes) + _offload_s(
-            setting, costs, costs.memory.learner_bytes(gpus)
-        )
-    limit = _micro_batch_tokens(setting, setting.prompts)
+    limit = _micro_batch_tokens(setting, prompts) * (setting.learner_parallel if updates else 1)
     learning.job = learning.job.model_copy(update={"micro_batch_tokens": limit})
-    forward_s = learning.score_s(learning.scorers()[0], np.asarray(tokens, dtype=np.float64), gpus)
-    weights = _shipped("learner.frozen_bytes_per_parameter") * learning.model.parameters / gpus
-    return forward_s + _offload_s(setting, costs, weights)
+    if updates:
+        passes, seconds = learning.learning_passes(), learning.learn_s(tokens, gpus, costs.nodes)
+        moved_bytes = costs.memory.learner_bytes(gpus)
+    else:
+        passes, seconds = 1, learning.score_s(learning.scorers()[0], np.asarray(tokens, dtype=np.float64), gpus)
+        moved_bytes = _shipped("learner.frozen_bytes_per_parameter") * learning.model.parameters / gpus
+    moves_bytes = passes * sum(tokens) / gpus * _token_bytes(learning.model)
+    memory_s = moves_bytes / _shipped(f"gpu.{setting.gpu}.memory_bytes_per_s")
+    return seconds + waiting * memory_s + _dispatch_s(setting) + _offload_s(setting, costs, moved_bytes)
+
+
+def _token_bytes(model: Model) -> float:
+    """What a token's forward pass moves through GPU memory beside weights: norms, rotations, activations, logits."""
+    width = HIDDEN_BYTES * model.hidden + INTERMEDIATE_BYTES * model.intermediate
+    return model.layers * (width + KV_BYTES * model.kv_heads * model.head_dim) + VOCAB_BYTES * model.vocab
+
+
+def _slowest_share(setting: Setting, tokens: Sequence[int], prompts: int) -> float:
+    """Tokens of the ranks' longest simultaneous micro-batch over their mean: FSDP's ranks meet in each layer."""
+    stated, ranks = setting.record.count("micro_batch_responses"), max(1, setting.gpus // setting.learner_parallel)
+    responses = min(stated or 0, prompts * setting.samples // ranks)
+    if not responses or "megatron" in setting.record.texts["train_engine"].lower():
+        return 1.0
+    count = len(tokens) // (ranks * responses)
+    sums = np.reshape(tokens[: ranks * count * responses], (ranks, count, responses)).sum(axis=2)
+    return float(sums.max(axis=0).sum() / sums.mean(axis=0).sum())
+
+
+def _dispatch_s(setting: Setting) -> float:
+    """The controller serialises the padded batch for each stage, and workers read it."""
+    prompt = setting.record.numbers.get("max_prompt_tokens", MAX_PROMPT_TOKENS)
+    return POSITION_S * setting.prompts * setting.samples * (prompt + setting.cap)
 
 
 def _offload_s(setting: Setting, costs: Costs, gpu_bytes: float) -> float:
@@ -461,20 +499,27 @@ class Fit:
         return Fit(left)
 
     def value(self, constant: str, class_name: str) -> float:
-        """The median over the class's logs; where it has none, over all classes, one vote each."""
-        medians = {name: statistics.median(logs.values()) for name, logs in self.values.get(constant, {}).items()}
-        pooled = statistics.median(medians.values()) if medians else _unfitted(constant)
-        return medians.get(class_name, medians.get(POOLED, pooled))
+        """The median over the class's logs; where it has none, over all classes, one vote each.
+
+        An efficiency is the geometric mean of the class's, with the weight of its logs, and of the median over
+        classes, with the weight of one log. A table that has the class `POOLED` is as it was fitted.
+        """
+        classes = self.values.get(constant, {})
+        medians = {name: statistics.median(logs.values()) for name, logs in classes.items()}
+        pooled = medians.get(POOLED, statistics.median(medians.values()) if medians else _unfitted(constant))
+        own = medians.get(class_name, pooled)
+        if constant != "efficiency" or POOLED in medians:
+            return own
+        weight = 1 / (len(classes.get(class_name, ())) + 1)
+        return float(own ** (1 - weight) * pooled**weight)
 
     def constants(self, setting: Setting) -> Constants:
         """For one record."""
         host = self.value("host_s_per_layer", setting.engine_class)
         if setting.engine_class == "vllm-graphs" and "vllm-graphs" not in self.values.get("host_s_per_layer", {}):
             host = _shipped("engine.vllm-current.overhead_s_per_layer")  # it has a source of its own
-        return Constants(
-            host, self.value("startup_s", setting.engine_class),
-            self.value("learn_mfu", setting.gpu), self.value("forward_mfu", setting.gpu),
-        )  # fmt: skip
+        startup_s = self.value("startup_s", setting.engine_class)
+        return Constants(host, startup_s, self.value("efficiency", setting.gpu), self.value("adapter_s", "lora"))
 
     def to_toml(self) -> str:
         """The `[class.*]` sections of the parameter table."""
@@ -511,7 +556,7 @@ def _unfitted(constant: str) -> float:
         return _shipped("engine.vllm-0.8-eager.launch_s_per_layer")
     if constant == "startup_s":
         return _shipped("switch.engine_wake_s")
-    return _shipped(f"gpu.h100.{constant}")
+    return _shipped("gpu.h100.forward_mfu" if constant == "efficiency" else "learner.layer_overhead_s")
 
 
 def fit(records: Iterable[Record]) -> Fit:
@@ -536,11 +581,30 @@ def _of_log(rows: Sequence[Record]) -> Iterable[tuple[str, str, float]]:
     reshards = [r.numbers["reshard_s"] for r in picked if "reshard_s" in r.numbers]
     if reshards:
         yield "startup_s", first.engine_class, statistics.median(reshards)
-    startup_s = statistics.median(reshards) if reshards else 0.0
-    for constant, stage in STAGE_OF.items():
-        met = [value for s in settings if (value := solve(s, stage, constant, startup_s)) is not None]
-        if met:
-            yield constant, first.engine_class if stage == "generation" else first.gpu, statistics.median(met)
+    adapters = [value for s in settings if (value := _adapter_s(s)) is not None]
+    if adapters:
+        yield "adapter_s", "lora", statistics.median(adapters)
+    neutral = Constants(
+        1e-6, statistics.median(reshards or [0.0]), 0.3,
+        statistics.median(adapters or [_unfitted("adapter_s")]),
+    )  # fmt: skip
+    for constant, stages in STAGES_OF.items():
+        found = []
+        for stage in stages:
+            met = [value for s in settings if (value := solve(s, stage, constant, neutral)) is not None]
+            found += [statistics.median(met)] if met else []
+        if found:
+            class_name = first.engine_class if stages == ("generation",) else first.gpu
+            yield constant, class_name, statistics.geometric_mean(found)
+
+
+def _adapter_s(setting: Setting) -> float | None:
+    """An adapter's unit in a micro-batch: what old log-probs take beyond the reference's, which have no adapters."""
+    numbers, responses = setting.record.numbers, setting.record.count("micro_batch_responses")
+    if not setting.lora_rank or responses is None or not {"old_log_prob_s", "ref_s"} <= numbers.keys():
+        return None
+    units = _micro_batches(setting, setting.prompts, responses) * load_model(setting.model).layers * LORA_UNITS
+    return max(0.0, numbers["old_log_prob_s"] - numbers["ref_s"]) / units
 
 
 def try_setting(record: Record) -> Setting | None:
@@ -551,16 +615,15 @@ def try_setting(record: Record) -> Setting | None:
         return None
 
 
-def solve(setting: Setting, stage: str, constant: str, startup_s: float) -> float | None:
-    """The constant's value with which the stage takes what was measured; None if none does."""
+def solve(setting: Setting, stage: str, constant: str, others: Constants) -> float | None:
+    """The constant's value with which the stage takes what was measured beside *others*; None if none does."""
     measured_s = setting.record.seconds(stage)
     if measured_s is None:
         return None
-    neutral = Constants(1e-6, startup_s, 0.3, 0.3)
 
     @functools.cache
     def excess(log_value: float) -> float:
-        return predict_s(setting, stage, replace(neutral, **{constant: math.exp(log_value)})) - measured_s
+        return predict_s(setting, stage, replace(others, **{constant: math.exp(log_value)})) - measured_s
 
     low, high = (math.log(limit) for limit in LIMITS[constant])
     if excess(low) * excess(high) > 0:

@@ -19,6 +19,7 @@ from simrl.experiments.record_model import (
     CannotPredict,
     Constants,
     Setting,
+    _slowest_share,
     fit,
     fit_nulls,
     predict_s,
@@ -186,7 +187,7 @@ def test_an_unknown_mean_is_inferred_from_the_other_stages_alone(stage: str) -> 
     unknown = {"response_mean_tokens": "", "response_max_tokens": "", "max_response_tokens": 16384, "ref_s": ""}
     drawn = with_mean(setting(**unknown), 0.7)
     columns = {"generation": "gen_s", "log_probs": "old_log_prob_s", "update": "update_actor_s"}
-    constants = Constants(1.4e-3, 2.0, 0.1, 0.15)
+    constants = Constants(1.4e-3, 2.0, 0.15, 1e-3)
     times = {column: f"{predict_s(drawn, name, constants):.6g}" for name, column in columns.items()}
     found = setting(**unknown, **times | {columns[stage]: 2 * float(times[columns[stage]])})
     assert with_inferred_mean(found, stage, constants).mean == pytest.approx(700, rel=0.02)
@@ -197,16 +198,20 @@ def test_an_unknown_mean_is_inferred_from_the_other_stages_alone(stage: str) -> 
 
 def test_a_mean_that_is_known_stays() -> None:
     known = setting()
-    assert with_inferred_mean(known, "update", Constants(1.4e-3, 2.0, 0.1, 0.15)) is known
+    assert with_inferred_mean(known, "update", Constants(1.4e-3, 2.0, 0.15, 1e-3)) is known
 
 
 def stated(**fields: object) -> Setting:
-    """A record with columns beside those of `HEADER`."""
-    header = ",".join((HEADER, *fields))
-    return setting_of(records(",".join((changed(), *map(str, fields.values()))), header=header)[0])
+    """A record with columns beside those of `HEADER`, and other values in those."""
+    more = {column: str(value) for column, value in fields.items() if column not in HEADER.split(",")}
+    inside = {column: value for column, value in fields.items() if column not in more}
+    header = ",".join((HEADER, *more))
+    return setting_of(records(",".join((changed(**inside), *more.values())), header=header)[0])
 
 
-ONLY_LAYERS = Constants(1e-3, 0, 1.0, 1.0)
+ONLY_LAYERS = Constants(1e-3, 0, 1.0, 1e-3)
+# Of 28 layers 3584 hidden, 18944 intermediate, keys of 512, and 152064 logits.
+QWEN_7B_TOKEN_BYTES = 28 * (126 * 3584 + 16 * 18944 + 28 * 512) + 12 * 152064
 
 
 def update_s(**fields: object) -> float:
@@ -225,11 +230,43 @@ def test_stated_micro_batches_cost_their_layers() -> None:
 
 
 def test_a_pass_less_without_checkpointing() -> None:
-    # The busiest GPU's FLOPs at 4/3 of the peak, in units of a forward pass: 4 with checkpointing, 3 without.
-    four_s, three_s = (update_s(checkpointing=c, micro_batch_responses=10) for c in ("yes", "no"))
+    # The busiest GPU's FLOPs at its peak, in units of a forward pass: 4 with checkpointing, 3 without.
+    four_s, three_s = (update_s(checkpointing=c, micro_batch_tokens=4000) for c in ("yes", "no"))
     layers_s = 4 * 28 * 1e-3  # of one pass, 4 micro-batches
-    compute_s = 2 * 7.07e9 * 40 * (200 + 100) / (4 / 3 * 989e12)
-    assert four_s - three_s == pytest.approx(layers_s + compute_s, rel=0.1)
+    compute_s = 2 * 7.07e9 * 40 * (200 + 100) / 989e12
+    memory_s = QWEN_7B_TOKEN_BYTES * 40 * (200 + 100) / 3.35e12
+    assert four_s - three_s == pytest.approx(layers_s + compute_s + memory_s, rel=0.05)
+
+
+def test_ranks_wait_for_the_longest_of_their_micro_batches() -> None:
+    # Of two ranks with 4 responses each, in micro-batches of two: sums 21 and 12 beside 7 and 10. One by one: 1, 20, 10
+    # and 2 beside 3, 4, 4 and 6.
+    found = replace(stated(micro_batch_responses=2), gpus=2, samples=1)
+    tokens = [1, 20, 10, 2, 3, 4, 4, 6]
+    assert _slowest_share(found, tokens, prompts=8) == pytest.approx((21 + 12) / (14 + 11))
+    assert _slowest_share(found, tokens, prompts=2) == pytest.approx((3 + 20 + 10 + 6) / (14 + 11))
+    assert _slowest_share(setting(), [1, 99], prompts=8) == 1, "packed micro-batches are of one size"
+
+
+def test_positions_of_the_padded_batch_pass_through_the_controller() -> None:
+    # 320 responses of at most 1024 tokens behind 2048 or 512 of prompt, 0.12 us a position.
+    more_s, less_s = (update_s(max_prompt_tokens=n, prompt_mean_tokens=100) for n in (2048, 512))
+    assert more_s - less_s == pytest.approx(0.12e-6 * 320 * (2048 - 512))
+
+
+def test_activations_and_logits_go_through_gpu_memory() -> None:
+    # H200 is H100 with 4.8e12 instead of 3.35e12 B/s; 64 x 5 x 300 tokens over 8 GPUs.
+    slower_s, faster_s = (
+        predict_s(setting(gpu_type=gpu, ref_s=""), "log_probs", ONLY_LAYERS) for gpu in ("H100", "H200")
+    )
+    expected_s = QWEN_7B_TOKEN_BYTES * 40 * 300 * (1 / 3.35e12 - 1 / 4.8e12)
+    assert slower_s - faster_s == pytest.approx(expected_s, rel=0.01)
+
+
+def test_adapters_take_what_old_log_probs_take_beyond_the_reference() -> None:
+    # 320 responses over 8 GPUs in micro-batches of 8: 5 of them, 28 layers, 14 units; 2.2 s against 1.1 s.
+    found = fit([stated(micro_batch_responses=8, train_engine="FSDP LoRA32").record])
+    assert found.value("adapter_s", "lora") == pytest.approx((2.2 - 1.1) / (5 * 28 * 14))
 
 
 def test_offload_moves_the_state_there_and_back() -> None:
@@ -287,13 +324,13 @@ def test_lengths_have_the_mean_and_the_longest(mean: float, spread: float, cap_s
 def test_an_engine_that_launches_slowly_takes_its_launches() -> None:
     # 8 GPUs at TP 2 are 4 engines with 2 responses each, all of 100 tokens: a prefill and 99 decodes.
     found = setting(prompts_per_step=4, responses_per_prompt=2, response_mean_tokens=100, response_max_tokens=100)
-    seconds = predict_s(found, "generation", Constants(1e-2, 2.5, 0.1, 0.1))
+    seconds = predict_s(found, "generation", Constants(1e-2, 2.5, 0.1, 1e-3))
     assert seconds == pytest.approx(2.5 + 100 * 1e-2 * load_model("qwen2.5-7b").layers)
 
 
 def test_log_probs_take_a_pass_for_each_measured_part_at_the_given_rate() -> None:
     both, one = setting(), setting(ref_s="")
-    constants = Constants(1e-3, 0, 0.1, 0.1)
+    constants = Constants(1e-3, 0, 0.1, 1e-3)
     once_s = predict_s(one, "log_probs", constants)
     assert predict_s(both, "log_probs", constants) == pytest.approx(2 * once_s)
     # 40 sequences of some 300 tokens a GPU; linear layers and head of Qwen2.5-7B have 7.07e9 weights.
@@ -315,22 +352,22 @@ def synthetic(log: str, constants: Constants, **fields: object) -> list[Record]:
 
 
 def test_a_fit_finds_the_constants_that_made_the_records() -> None:
-    h100, h20 = Constants(2e-3, 1.5, 0.2, 0.3), Constants(1e-3, 3.5, 0.4, 0.5)
+    h100, h20 = Constants(2e-3, 1.5, 0.2, 1e-3), Constants(1e-3, 3.5, 0.4, 1e-3)
     found = fit([*synthetic("x", h100), *synthetic("y", h20, gpu_type="H20"), *synthetic("z", h100)])
-    assert found.value("learn_mfu", "h100") == pytest.approx(0.2, rel=0.01)
-    assert found.value("forward_mfu", "h100") == pytest.approx(0.3, rel=0.01)
-    assert found.value("learn_mfu", "h20") == pytest.approx(0.4, rel=0.01)
-    assert found.value("learn_mfu", "l40s") == pytest.approx(0.3, rel=0.01), "pooled: a vote for each class"
+    # The median over both classes is 0.3; it weighs as one log beside two of H100 and one of H20.
+    assert found.value("efficiency", "l40s") == pytest.approx(0.3, rel=0.01)
+    assert found.value("efficiency", "h100") == pytest.approx((0.2**2 * 0.3) ** (1 / 3), rel=0.01)
+    assert found.value("efficiency", "h20") == pytest.approx((0.4 * 0.3) ** (1 / 2), rel=0.01)
     assert found.value("host_s_per_layer", "vllm-eager") == pytest.approx(2e-3, rel=0.01), "median of its logs"
     assert found.value("startup_s", "vllm-eager") == pytest.approx(1.5)
     left = found.without({"x", "z"})
-    assert left.value("learn_mfu", "h100") == pytest.approx(0.4, rel=0.01), "h20's, the only class that is left"
+    assert left.value("efficiency", "h100") == pytest.approx(0.4, rel=0.01), "h20's, the only class that is left"
 
 
 def test_rows_without_lengths_or_that_no_value_meets_are_not_fitted() -> None:
     unknown = records(changed(response_mean_tokens=""))
     assert fit(unknown).values == {}
-    assert solve(setting(gen_s=0.01), "generation", "host_s_per_layer", 0.0) is None
+    assert solve(setting(gen_s=0.01), "generation", "host_s_per_layer", ONLY_LAYERS) is None
 
 
 def test_null_models_by_hand() -> None:
@@ -365,7 +402,7 @@ def test_one_vote_a_log() -> None:
 
 def small() -> list[Record]:
     """Three made-up logs."""
-    h100, slow = Constants(2e-3, 1.5, 0.2, 0.3), Constants(1e-3, 3.5, 0.4, 0.5)
+    h100, slow = Constants(2e-3, 1.5, 0.2, 1e-3), Constants(1e-3, 3.5, 0.4, 1e-3)
     return [*synthetic("x", h100), *synthetic("y", slow), *synthetic("z", slow, gpu_type="H20")]
 
 

@@ -216,13 +216,8 @@ def compare(requests: int, engines: int, repetitions: int, python: Path) -> tupl
     (ours_s, peer_s), (ours, peer, aligned) = result["cpu_s"], result["makespan_s"]
     speeds = f"{requests / ours_s:,.0f}", f"{requests / peer_s:,.0f}", f"{peer_s / ours_s:.0f}"
     makespans = f"{ours:.3f}", f"{peer:.3f}", f"{peer / ours - 1:+.2%}", f"{aligned / ours - 1:+.0e}"
-    return (
-        f"{requests:,}",
-        f"{engines}",
-        *speeds,
-        *makespans,
-        f"`python -m simrl.experiments.bench sched-sim {options}`",
-    )
+    shown = f"`python -m simrl.experiments.bench sched-sim {options}`"
+    return f"{requests:,}", f"{engines}", *speeds, *makespans, shown
 
 
 # --- processes ---
@@ -317,12 +312,10 @@ def table(header: str, rows: Sequence[Sequence[str]]) -> str:
 
 def whole_jobs(sizes: Sizes) -> list[Job]:
     """The whole simulator: one step of each size, then the main job."""
-    policies = {"verl": "verl", "verl, each completion a trigger": "simrl.experiments.bench:EveryCompletion"}
-    policies["rlhfless"] = "rlhfless"
-    main_jobs = [
-        Job(f"main job, {name}", f"simrl run --policy {policy} {sizes.job} --json") for name, policy in policies.items()
-    ]
-    return [step_job(*size) for size in sizes.shared] + main_jobs
+    every = "simrl.experiments.bench:EveryCompletion"
+    policies = {"verl": "verl", "verl, each completion a trigger": every, "rlhfless": "rlhfless"}
+    jobs = [Job(f"main job, {name}", f"simrl run --policy {p} {sizes.job} --json") for name, p in policies.items()]
+    return [*(step_job(*size) for size in sizes.shared), *jobs]
 
 
 def growth(sizes: Sizes) -> str:
@@ -455,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, default in (("requests", 1024), ("engines", 1), ("repetitions", None)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args(arguments)
-    repetitions = given.repetitions or Sizes().repetitions
+    command, repetitions = "python -m simrl.experiments.bench", given.repetitions or Sizes().repetitions
     if given.what == "engine":
         print(json.dumps(measure_engine(given.requests, given.engines, given.repetitions or 5)))
     elif given.what == "peer":
@@ -463,10 +456,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif given.what == "sched-sim":
         print(peer_section([(given.requests, given.engines)], repetitions, given.sched_sim))
     elif given.quick:
-        text = page(QUICK, None, "python -m simrl.experiments.bench --quick")
-        given.output.write_text(text, encoding="utf-8")
+        given.output.write_text(page(QUICK, None, f"{command} --quick"), encoding="utf-8")
     else:
-        command = "python -m simrl.experiments.bench" + (f" --repetitions {repetitions}" if given.repetitions else "")
+        command += f" --repetitions {repetitions}" if given.repetitions else ""
         text = page(dataclasses.replace(Sizes(), repetitions=repetitions), given.sched_sim, command)
         given.output.write_text(text, encoding="utf-8")
 

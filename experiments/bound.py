@@ -35,14 +35,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from simrl.experiments.config import Config, ConfigError
-from simrl.experiments.run import Result, drawn_work, simulate
+from simrl.experiments.run import Result, Simulation, drawn_work, simulate
 from simrl.simulator.costs import Costs, DoesNotFit
 from simrl.simulator.learning import Floats, Learning, Share, forward_flops
 from simrl.traces.iteration import ATTENDED_KNOTS, CONTEXT_KNOTS, TOKEN_KNOTS, IterationTimes
@@ -96,13 +96,9 @@ def bound(config: Config, step: int, step_s: float = math.inf) -> Bound:
         DoesNotFit: the model fits on no number of GPUs.
         Infeasible: the step takes longer.
     """
-    simulation = simulate(config)
     work = drawn_work(config).of_step(step)
     prompts = np.repeat(work.prompt_tokens, config.job.responses_per_prompt)
-    costs = _with_tables(simulation.costs)
-    return StepBound(
-        costs, simulation.parameters, prompts, np.ravel(work.response_tokens), synced=_synced(config, step)
-    ).within(step_s)
+    return StepBound.of(simulate(config), step, prompts, np.ravel(work.response_tokens)).within(step_s)
 
 
 def gap(result: Result) -> pd.DataFrame:
@@ -119,7 +115,6 @@ def gap(result: Result) -> pd.DataFrame:
 
     config, frames = result.config, result.frames
     simulation = simulate(config)
-    costs = _with_tables(simulation.costs)
     held = frames.workers[frames.workers["state"].isin(HOLDING)]
     busy = held[held["state"] == "busy"]
     by_step = dict(iter(frames.samples.sort_values("response_id").groupby("step")))
@@ -127,9 +122,9 @@ def gap(result: Result) -> pd.DataFrame:
     for phase in frames.phases[frames.phases["stage"] == "step"].to_dict("records"):
         step, begin_s, end_s = int(phase["step"]), float(phase["start_s"]), float(phase["end_s"])
         mine = by_step[step]
-        least = StepBound(
-            costs, simulation.parameters, mine["prompt_tokens"], mine["response_tokens"], synced=_synced(config, step)
-        ).within((end_s - begin_s) * (1 + MARGIN))
+        least = StepBound.of(simulation, step, mine["prompt_tokens"], mine["response_tokens"]).within(
+            (end_s - begin_s) * (1 + MARGIN)
+        )
         gpu_s, busy_gpu_s = _gpu_s_between(held, begin_s, end_s), _gpu_s_between(busy, begin_s, end_s)
         rows.append({
             "step": step, "step_s": end_s - begin_s, "gpu_s": gpu_s, "busy_gpu_s": busy_gpu_s,
@@ -143,17 +138,6 @@ def gap(result: Result) -> pd.DataFrame:
 def _gpu_s_between(workers: pd.DataFrame, begin_s: float, end_s: float) -> float:
     inside_s = np.minimum(workers["end_s"], end_s) - np.maximum(workers["start_s"], begin_s)
     return float((workers["gpus"] * np.maximum(inside_s, 0.0)).sum())
-
-
-def _synced(config: Config, step: int) -> bool:
-    """Whether the step has to wait for new weights: the first has those on disk, staleness may do without."""
-    return step > 0 and config.job.max_staleness == 0
-
-
-def _with_tables(costs: Any) -> Costs:
-    if not isinstance(costs, Costs):
-        raise ConfigError(f"engine.profile={costs.engine.profile!r}: a bound needs the tables; leave the profile out")
-    return costs
 
 
 class StepBound:
@@ -182,6 +166,21 @@ class StepBound:
         self._generation = _Generation(costs, ideal, prompts, responses, self._preparation_gpu_s)
         after_s = min(self._learn_s.values())
         self.step_s = self._sync_s + self._generation.least_s + after_s
+
+    @classmethod
+    def of(cls, simulation: Simulation, step: int, prompt_tokens: Any, response_tokens: Any) -> Self:
+        """The bound on a step of a simulation. The first has the weights on disk, staleness may do without new ones.
+
+        Raises:
+            ConfigError: the configuration names a profile.
+            DoesNotFit: the model fits on no number of GPUs.
+        """
+        costs = simulation.costs
+        if not isinstance(costs, Costs):
+            profile = costs.engine.profile
+            raise ConfigError(f"engine.profile={profile!r}: a bound needs the tables; leave the profile out")
+        synced = step > 0 and costs.job.max_staleness == 0
+        return cls(costs, simulation.parameters, prompt_tokens, response_tokens, synced=synced)
 
     def within(self, step_s: float) -> Bound:
         """The least GPU-seconds if the step may last *step_s*.

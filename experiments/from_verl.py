@@ -20,21 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from simrl.experiments import toml_text
-from simrl.experiments.config import (
-    DEFAULT_PRESET,
-    SECTIONS,
-    Config,
-    ConfigError,
-    Layer,
-    load_config,
-    preset_names,
-    preset_text,
-)
+from simrl.experiments.config import SECTIONS, Config, ConfigError, Given, Layer, layers_of, merge, resolve
 from simrl.experiments.hardware_file import load_parameters, read_hardware
 from simrl.experiments.verl_file import Unresolved, VerlFile, read_verl
 from simrl.traces.job import Cluster
 from simrl.traces.lengths import load_workload
 from simrl.traces.models import model_names
+from simrl.traces.trace import whole_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -178,13 +170,12 @@ class Listing:
         table = Table(box=None, pad_edge=False, title=Text(f"--from-verl {self.source}"), title_justify="left")
         for name in ("", "simrl", "value", "from", "note"):
             table.add_column(name, overflow="fold")
-        for line in self.lines:
-            if line.status != "ignored":
-                table.add_row(*map(Text, (line.status, str(line.simrl), _shown(line.value), _pairs([line]), line.note)))
         reasons: dict[str, list[Line]] = {}
         for line in self.lines:
             if line.status == "ignored":
                 reasons.setdefault(line.note, []).append(line)
+            else:
+                table.add_row(*map(Text, (line.status, str(line.simrl), _shown(line.value), _pairs([line]), line.note)))
         for reason, lines in reasons.items():
             more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
             table.add_row(*map(Text, ("ignored", "", "", _pairs(lines[:3]) + more, reason)))
@@ -193,9 +184,8 @@ class Listing:
     def write(self, directory: Path) -> None:
         """Add the listing to a run directory; it appears when it is complete."""
         tree = {"source": self.source, "defaults": VERL, "lines": [asdict(line) for line in self.lines]}
-        hidden = directory / f".{FILE_NAME}.tmp"
-        hidden.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        hidden.replace(directory / FILE_NAME)
+        with whole_file(directory / FILE_NAME) as file:
+            file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
     def show(self) -> None:
         """Print the table to stderr."""
@@ -204,53 +194,22 @@ class Listing:
         Console(stderr=True, file=sys.stderr).print(self.table())
 
 
-def load_verl_config(
-    path: Path, *, config: str | Path | None = None, sets: Sequence[str] = (), preset: str | None = None, **flags: Any
-) -> tuple[Config, Listing]:
-    """Resolve a configuration: preset, then verl's file, then `config`, `sets` and the other arguments.
+def load_verl_config(path: Path, *, policies: Sequence[str] | None = None, **options: Any) -> tuple[Config, Listing]:
+    """Resolve a configuration: preset, then verl's file, then what else is given.
 
     Args:
         path: Of hydra's `config.yaml` or `overrides.yaml`, a part of one, or a launch script.
-        config: As in `load_config`.
-        sets: As in `load_config`.
-        preset: As in `load_config`.
-        flags: The other arguments of `load_config`.
+        policies: As in `load_config`.
+        options: The other arguments of `load_config`.
 
     Raises:
         ConfigError: in one line, what was given, what is allowed and where it came from.
     """
-    above = _given_elsewhere(config, sets, flags)
-    below = _preset_values(above.get("preset", DEFAULT_PRESET) if preset is None else preset)
-    translation = _Translation(read_verl(path), above, below)
+    preset, *above = layers_of(**options)
+    translation = _Translation(read_verl(path), merge(above), preset.values)
     translation.run()
-    own = {f"{key}={_toml(value)}": origin for key, (value, origin) in translation.values.items() if key not in above}
-    try:
-        resolved = load_config(preset=preset, config=config, sets=[*own, *sets], **flags)
-    except ConfigError as error:
-        message = str(error)
-        for assignment, origin in own.items():
-            message = message.replace(f"--set {assignment}", origin)
-        raise ConfigError(message) from None
-    return resolved, Listing(str(path), tuple(translation.lines))
-
-
-def _given_elsewhere(config: str | Path | None, sets: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user says in simrl's own terms, by dotted path; it wins over verl's file."""
-    layers = [Layer.from_sets(sets)]
-    if config is not None and Path(config).is_file():
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # load_config says what is wrong with it
-            layers.insert(0, Layer.from_toml(Path(config).read_text(encoding="utf-8"), str(config)))
-    found = {_key(path): given.value for layer in layers for path, given in layer.values.items()}
-    named = {"nodes": "cluster.nodes", "steps": "job.steps"}
-    return found | {key: flags[flag] for flag, key in named.items() if flags.get(flag) is not None}
-
-
-def _preset_values(name: object) -> dict[str, Any]:
-    """A preset's values; none where there is no such preset, of which load_config complains."""
-    if name not in preset_names():
-        return {}
-    layer = Layer.from_toml(preset_text(str(name)), f"preset {name}")
-    return {_key(path): given.value for path, given in layer.values.items()}
+    config = resolve([preset, Layer(translation.values), *above], policies)
+    return config, Listing(str(path), tuple(translation.lines))
 
 
 @dataclass
@@ -258,10 +217,10 @@ class _Translation:
     """From verl's settings to simrl's."""
 
     file: VerlFile
-    above: Mapping[str, Any]
-    below: Mapping[str, Any]
-    values: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """What is set in simrl, by path: value, and origin for errors."""
+    above: Mapping[toml_text.Path, Given]
+    below: Mapping[toml_text.Path, Given]
+    values: dict[toml_text.Path, Given] = field(default_factory=dict)
+    """What is set in simrl."""
     lines: list[Line] = field(default_factory=list)
     used: dict[str, str] = field(default_factory=dict)
     """Settings that have their line, or that cannot be read: with the reason then."""
@@ -295,26 +254,21 @@ class _Translation:
 
     def chosen(self, key: str) -> Any:
         """The value that a path of simrl will have."""
-        if key in self.above:
-            return self.above[key]
-        if key in self.values:
-            return self.values[key][0]
-        section, _, name = key.partition(".")
-        return self.below.get(key, SECTIONS[section].model_fields[name].default)
+        section, name = path = toml_text.parse_key(key)
+        given = self.above.get(path) or self.values.get(path) or self.below.get(path)
+        return given.value if given else SECTIONS[section].model_fields[name].default
 
     # --- noting ---
 
     def _set(self, key: str, value: Any, verl: Sequence[str], note: str = "") -> None:
         """Take *value* from the settings *verl*, or as verl's default where there are none."""
-        given = tuple(_plain(self.file.leaves[name]) for name in verl)
+        path, given = toml_text.parse_key(key), tuple(_plain(self.file.leaves[name]) for name in verl)
         self.used |= dict.fromkeys(verl, "")
-        origin = (
-            f"{', '.join(verl)} in {self.file.source}" if verl else f"{VERL}'s default; {self.file.source} has none"
-        )
-        self.values[key] = (value, origin)
+        origin = f"{', '.join(verl)} in" if verl else f"{VERL}'s default; not in"
+        self.values[path] = Given(value, f"{origin} {self.file.source}")
         note = note if verl else f"default of {VERL}" + (f"; {note}" if note else "")
-        if key in self.above:
-            note = f"overridden in simrl's own terms: {_shown(self.above[key])}"
+        if path in self.above:
+            note = f"overridden in simrl's own terms: {_shown(self.above[path].value)}"
         self.lines.append(Line("taken" if verl else "defaulted", key, value, tuple(verl), given, note))
 
     def _setting(self, setting: Setting) -> None:
@@ -346,12 +300,9 @@ class _Translation:
         if path is None:
             return  # verl's default is a place holder, so the preset's stands
         path = _typed(f"{MODEL}.path", path, str, self.file.source)
-        name = self._known_model(path)
-        if name is None:
-            self._set("job.model", _last(path), [f"{MODEL}.path"])  # which is refused
-        else:
-            note = "" if name == _last(path).lower() else "derived: family and size by the path"
-            self._set("job.model", name, [f"{MODEL}.path"], note)
+        name, last = self._known_model(path), path.rstrip("/").rpartition("/")[2]
+        note = "" if name in (None, last.lower()) else "derived: family and size by the path"
+        self._set("job.model", name or last, [f"{MODEL}.path"], note)  # an unknown one is refused
 
     def _known_model(self, path: str) -> str | None:
         try:
@@ -361,7 +312,7 @@ class _Translation:
         return match_model(path, [*model_names(), *own])
 
     def _learner(self) -> None:
-        megatron = self.values["job.learner_strategy"][0] == "megatron"
+        megatron = self.values["job", "learner_strategy"].value == "megatron"
         lora = [found for key in ("lora.rank", "lora_rank") if (found := self._get(f"{MODEL}.{key}", int)) and found[1]]
         zero = [key for key in (f"{MODEL}.lora.rank", f"{MODEL}.lora_rank") if self.file.leaves.get(key) == 0]
         self._set("job.lora_rank", lora[0][1] if lora else 0, [lora[0][0]] if lora else zero[:1])
@@ -382,7 +333,7 @@ class _Translation:
 
     def _offload(self) -> None:
         """The optimizer's 8 of 12 bytes a parameter decide, where the parameters go another way."""
-        part = "megatron" if self.values["job.learner_strategy"][0] == "megatron" else "fsdp_config"
+        part = "megatron" if self.values["job", "learner_strategy"].value == "megatron" else "fsdp_config"
         names = ("optimizer_offload", "offload_policy", "param_offload", "grad_offload")
         given = {name: found for name in names if (found := self._get(f"{ACTOR}.{part}.{name}", bool))}
         offload = any(found[1] for name, found in given.items() if name in names[:2])
@@ -506,7 +457,10 @@ class _Translation:
                 f" without use_dynamic_bsz ({self.file.source})"
             )
         samples, gpus = self._value(f"{ROLLOUT}.n", int) or 1, max(self._all_gpus(), 1)
-        if self.values["job.learner_strategy"][0] == "megatron" or self._value("trainer.n_gpus_per_node", int) is None:
+        if (
+            self.values["job", "learner_strategy"].value == "megatron"
+            or self._value("trainer.n_gpus_per_node", int) is None
+        ):
             return
         if batch * samples % gpus:
             raise ConfigError(
@@ -524,26 +478,22 @@ class _Translation:
     def _beyond_verl(self) -> None:
         """What verl's file cannot tell, and the model if it does not."""
         for key in (*BEYOND_VERL, "job.model"):
-            if key not in self.values:
-                note = (
-                    "not in verl's file: given in simrl's terms"
-                    if key in self.above
-                    else "not in verl's file: preset's"
-                )
+            path = toml_text.parse_key(key)
+            if path not in self.values:
+                source = "given in simrl's terms" if path in self.above else "preset's"
+                note = f"not in verl's file: {source}"
                 self.lines.append(Line("defaulted", key, self.chosen(key), (), (), note))
 
     def _rest(self) -> None:
         for key, value in self.file.leaves.items():
             if self.used.get(key, "unread"):
-                reason = self.used.get(key) or self._reason(key, value)
+                means = value
+                with contextlib.suppress(Unresolved):
+                    means = self.file.value(key)
+                reason = self.used.get(key) or reason_to_ignore(key, means)
                 self.lines.append(Line("ignored", None, None, (key,), (_plain(value),), reason))
         for text, reason in self.file.unread.items():
             self.lines.append(Line("ignored", None, None, (text,), (), reason))
-
-    def _reason(self, key: str, value: object) -> str:
-        with contextlib.suppress(Unresolved):
-            value = self.file.value(key)
-        return reason_to_ignore(key, value)
 
 
 def reason_to_ignore(key: str, value: object) -> str:
@@ -595,22 +545,10 @@ def _typed(key: str, value: object, kind: type | Mapping[str, str], source: str)
     raise ConfigError(f"{key}={_shown(value)} must be {allowed} ({source})")
 
 
-def _key(path: toml_text.Path) -> str:
-    return ".".join(f'"{part}"' if "." in part else part for part in path)
-
-
-def _toml(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _plain(value: object) -> object:
     """What JSON can hold: other things, and trees that may refer to themselves, as a short text."""
     finite = not isinstance(value, float) or math.isfinite(value)
     return value if value is None or (isinstance(value, str | int | float) and finite) else reprlib.repr(value)
-
-
-def _last(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
 
 
 def _shown(value: object) -> str:

@@ -255,9 +255,7 @@ def _source(found: Trace, trace: str, user: Mapping[Key, Given]) -> Recorded | S
     last = found.steps.dropna(subset=["step"]).sort_values(["step", "attempt"], kind="stable")
     last = last.drop_duplicates("step", keep="last")
     if len(found.responses):
-        unnumbered = found.responses[found.responses["step"].isna()]
-        if len(unnumbered):
-            raise TraceError(f"{_where(unnumbered.iloc[0])}: the response names no step, so it cannot be replayed")
+        _refuse(found.responses[found.responses["step"].isna()], "the response names no step, so it cannot be replayed")
         numbers = _first(np.unique(found.responses["step"].to_numpy(dtype=np.int64)), trace, user)
         rows = found.responses[found.responses["step"].isin(numbers)]
         return Recorded(trace, found.provenance, rows, last[last["step"].isin(numbers)])
@@ -279,6 +277,28 @@ def _first(numbers: Ints, trace: str, user: Mapping[Key, Given]) -> Ints:
         name = given.shown_as or "job.steps"
         raise ConfigError(f"{name}={given.value} must be at most {len(numbers)}, the steps of {trace} ({given.origin})")
     return numbers[: given.value]
+
+
+def _refuse(lines: pd.DataFrame, reason: str) -> None:
+    """Raise TraceError for the first of *lines*, if there are any."""
+    if len(lines):
+        raise TraceError(f"{_where(lines.iloc[0])}: {reason}")
+
+
+def _common(counts: pd.Series[Any], of: Callable[[Any, int], str]) -> int:
+    """What all *counts* are; *of* tells the index and the count of one that differs.
+
+    Raises:
+        TraceError: They differ.
+    """
+    usual = int(counts.mode().iloc[-1])
+    others = counts[counts != usual]
+    if len(others):
+        raise TraceError(
+            f"{of(others.index[0], int(others.iloc[0]))}, others have {usual}: steps of unequal size cannot be replayed"
+            " (--steps takes the first ones only)"
+        )
+    return usual
 
 
 def _where(line: Any) -> str:
@@ -322,13 +342,9 @@ class Recorded:
         rows = self.rows
         drawn = bool(rows["prompt_tokens"].isna().all())  # from the workload
         for name in ("prompt_id", "sample", *(() if drawn else ("prompt_tokens",))):
-            lacking = rows[rows[name].isna()]
-            if len(lacking):
-                raise TraceError(f"{_where(lacking.iloc[0])}: the response has no {name}, so it cannot be replayed")
+            _refuse(rows[rows[name].isna()], f"the response has no {name}, so it cannot be replayed")
         for name in ("prompt_tokens", "response_tokens"):
-            empty = rows[rows[name] < 1]
-            if len(empty):
-                raise TraceError(f"{_where(empty.iloc[0])}: {name}={int(empty[name].iloc[0])} must be at least 1")
+            _refuse(rows[rows[name] < 1], f"{name}=0 must be at least 1")
         prompts, samples = self._shape()
         facts: dict[Key, int] = {
             _STEPS: int(rows["step"].nunique()), _PROMPTS: prompts, _SAMPLES: samples,
@@ -341,22 +357,15 @@ class Recorded:
         """Prompts a step and responses a prompt, if they are the same everywhere."""
         groups = self.rows.groupby(["step", "prompt_id"], sort=True)
         sizes, lengths = groups.size(), groups["prompt_tokens"].nunique()
-        steps = sizes.groupby(level="step").size()
-        for counts, what in ((steps, "prompts"), (sizes, "responses of a prompt")):
-            usual = int(counts.mode().iloc[-1])
-            other = counts[counts != usual]
-            if len(other):
-                index = other.index[0]
-                place = f"step {index}" if what == "prompts" else f"step {index[0]}, prompt {index[1]}"
-                raise TraceError(
-                    f"{self.trace}: {place} has {other.iloc[0]} {what}, others have {usual}: steps of unequal size"
-                    " cannot be replayed (--steps takes the first ones only)"
-                )
+        steps, place = sizes.groupby(level="step").size(), "step {}, prompt {}"
+        prompts = _common(steps, lambda step, count: f"{self.trace}: step {step} has {count} prompts")
+        samples = _common(
+            sizes, lambda key, count: f"{self.trace}: {place.format(*key)} has {count} responses of a prompt"
+        )
         torn = lengths[lengths > 1]
         if len(torn):
-            place = "step {}, prompt {}".format(*torn.index[0])
-            raise TraceError(f"{self.trace}: {place}: its responses disagree on prompt_tokens")
-        return int(steps.iloc[0]), int(sizes.iloc[0])
+            raise TraceError(f"{self.trace}: {place.format(*torn.index[0])}: its responses disagree on prompt_tokens")
+        return prompts, samples
 
     def work(self, config: Config) -> tuple[Work, tuple[str, ...]]:
         """The responses as they are."""
@@ -446,12 +455,8 @@ class Summarised:
         """Prompts and samples, as far as the log has their product; the cap where some responses were cut."""
         rows = self.logged
         for name in ("response_tokens_mean", "response_tokens_max"):
-            lacking = rows[rows[name].isna()]
-            if len(lacking):
-                raise TraceError(
-                    f"{_where(lacking.iloc[0])}: the log says no {name}, so the step cannot be replayed (--steps takes"
-                    " the first ones only)"
-                )
+            reason = f"the log says no {name}, so the step cannot be replayed (--steps takes the first ones only)"
+            _refuse(rows[rows[name].isna()], reason)
         cut = rows.loc[rows["truncated_share"] > 0, "response_tokens_max"]
         longest = [_most(rows[f"{what}_tokens_max"]) for what in ("response", "prompt")]
         prompts, samples = self._shape(values)
@@ -473,13 +478,7 @@ class Summarised:
                     f"{self.trace} does not say how many responses a step has: --set {'=N --set '.join(needed)}=N"
                 )
             return prompts, samples
-        total = int(counts.mode().iloc[-1])
-        other = self.logged[self.logged["responses"].notna() & (self.logged["responses"] != total)]
-        if len(other):
-            raise TraceError(
-                f"{_where(other.iloc[0])}: {int(other['responses'].iloc[0])} responses, other steps have {total}: steps"
-                " of unequal size cannot be replayed (--steps takes the first ones only)"
-            )
+        total = _common(counts, lambda index, count: f"{_where(self.logged.loc[index])}: {count} responses")
         if prompts is None and samples is None:
             raise ConfigError(
                 f"{self.trace} has {total} responses a step, and does not say of how many prompts: --set"

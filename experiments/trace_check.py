@@ -64,13 +64,7 @@ class Work:
 
 Constants = Mapping[str, float]
 """Of a stage: what each of its parts is multiplied with."""
-UNITS = {
-    "calibration": "1",
-    "scale": "1",
-    "host_s": "s/iteration",
-    "overhead_s": "s",
-    "rest_s": "s",
-}
+UNITS = {"calibration": "1", "scale": "1", "host_s": "s/iteration", "overhead_s": "s", "rest_s": "s"}
 
 
 def check_trace(path: Path, config: Config, progress: Callable[[int], None] | None = None) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from simrl.traces.fit import FitError
 from simrl.traces.length_tables import lengths_of
 from simrl.traces.lengths import parse_workload
-from simrl.traces.trace import check_output
-from simrl.traces.workloads import ANY_TASK, choose, parse_share, plot, summary, workload_toml, write
+from simrl.traces.trace import check_output, whole_file
+from simrl.traces.workloads import ANY_TASK, choose, parse_share, plot, summary, workload_toml
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,7 +46,8 @@ def fit_workload(
     choice = choose(table, share, on_fit)
     text = workload_toml(choice, template_tokens, attribution)
     model = parse_workload(text, str(output))
-    write(output, text)
+    with whole_file(output) as file:
+        file.write_text(text, encoding="utf-8")
     if picture is not None:
         plot(choice, model, picture)
     return summary(choice, model)

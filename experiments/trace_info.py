@@ -67,9 +67,9 @@ def info(trace: Trace) -> dict[str, Any]:
         "last_step": int(every_step[-1]) if len(every_step) else None,
         "repeated_steps": int((steps["attempt"].fillna(0) > 0).sum()),
         "responses": len(responses),
-        "responses_by_steps": _total(steps["responses"]),
+        "responses_by_steps": int(steps["responses"].sum()) if steps["responses"].notna().any() else None,
         "prompts": int(responses["prompt_id"].nunique()) or None,
-        "gpus": _gpus(steps),
+        "gpus": sorted({int(n) for n in steps["gpus"].dropna()}),
         "response_tokens": _distribution(responses["response_tokens"]),
         "prompt_tokens": _distribution(responses["prompt_tokens"]),
         "truncated_share": _mean(responses["truncated"]),
@@ -81,17 +81,9 @@ def info(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _total(column: pd.Series[Any]) -> int | None:
-    return int(column.sum()) if column.notna().any() else None
-
-
 def _mean(column: pd.Series[Any]) -> float | None:
     values = column.dropna().to_numpy(dtype=float)
     return float(values.mean()) if values.size else None
-
-
-def _gpus(steps: pd.DataFrame) -> list[int]:
-    return sorted({int(n) for n in steps["gpus"].dropna()})
 
 
 def _distribution(column: pd.Series[Any]) -> dict[str, float] | None:
@@ -266,8 +258,9 @@ def of_info(figures: Mapping[str, Any]) -> RenderableType:
         if value is None or value in ([], {}):
             continue
         inner = value.items() if isinstance(value, dict) else [("", value)]
-        for key, item in ((key, item) for key, item in inner if item is not None):
-            table.add_row(Text(f"{name}.{key}" if key else name), Text(_shown(item)))
+        for key, item in inner:
+            if item is not None:
+                table.add_row(Text(f"{name}.{key}" if key else name), Text(_shown(item)))
     return Group(Text(f"{figures['importer']}: {', '.join(figures['files'][:3])}", style="bold"), table)
 
 

@@ -98,32 +98,29 @@ def read_verl(path: Path) -> VerlFile:
         ConfigError: It cannot be read, or holds no settings of verl.
     """
     text = _text(path)
-    if path.suffix.lower() in (".yaml", ".yml", ".json"):
-        file = _from_yaml(text, str(path))
-    else:
-        file = _from_script(text, str(path))
+    read = _from_yaml if path.suffix.lower() in (".yaml", ".yml", ".json") else _from_script
+    file = read(text, str(path))
     if not any(key.partition(".")[0] in ROOTS for key in file.leaves):
         raise ConfigError(f"{path} has no settings of verl, such as data.train_batch_size (--from-verl)")
     return file
 
 
 def _text(path: Path) -> str:
+    text = ""
     try:
         if not path.is_file():
-            what = "is not a file" if path.exists() else "does not exist"
-            raise ConfigError(f"verl configuration {str(path)!r} {what} (--from-verl)")
-        if path.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"verl configuration {str(path)!r} has more than {MOST_BYTES} bytes (--from-verl)")
-        text = path.read_text(encoding="utf-8-sig")
+            wrong = "is not a file" if path.exists() else "does not exist"
+        elif path.stat().st_size > MOST_BYTES:
+            wrong = f"has more than {MOST_BYTES} bytes"
+        else:
+            text = path.read_text(encoding="utf-8-sig")
+            wrong = "is binary, not text" if "\0" in text else ""
     except UnicodeDecodeError:
-        raise ConfigError(f"verl configuration {str(path)!r} is not UTF-8 text (--from-verl)") from None
-    except ConfigError:
-        raise
+        wrong = "is not UTF-8 text"
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"verl configuration {str(path)!r} cannot be read: {reason} (--from-verl)") from None
-    if "\0" in text:
-        raise ConfigError(f"verl configuration {str(path)!r} is binary, not text (--from-verl)")
+        wrong = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    if wrong:
+        raise ConfigError(f"verl configuration {str(path)!r} {wrong} (--from-verl)")
     return text
 
 
@@ -196,15 +193,11 @@ def _from_script(text: str, source: str) -> VerlFile:
 def _expanded(text: str, variables: Mapping[str, str]) -> str:
     """*text* with its variables, their defaults and sums replaced; what is unknown stays."""
 
-    def hidden(text: str) -> str:  # so that it is not looked at again
-        return text.translate(HIDE)
-
-    def variable(match: re.Match[str]) -> str:
-        return hidden(variables.get(match[1] or match[2], match[0] if match[3] is None else match[3]))
+    def variable(match: re.Match[str]) -> str:  # hidden, so that it is not looked at again
+        return variables.get(match[1] or match[2], match[0] if match[3] is None else match[3]).translate(HIDE)
 
     def total(match: re.Match[str]) -> str:
-        computed = _computed(match[1], variables)
-        return hidden(match[0]) if computed is None else computed
+        return _computed(match[1], variables) or match[0].translate(HIDE)
 
     for _ in range(10):  # from the inside out: defaults hold variables
         before = text
@@ -239,8 +232,5 @@ def _parsed(text: str) -> Any:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
-    return (
-        text
-        if isinstance(value, Mapping) or (value is None and text.strip() not in ("null", "None", "~", ""))
-        else value
-    )
+    is_text = isinstance(value, Mapping) or (value is None and text.strip() not in ("null", "None", "~", ""))
+    return text if is_text else value

@@ -123,18 +123,18 @@ def test_a_stated_share_sets_the_spread_between_prompts():
     assert "between_sd" not in form.names
 
 
-# Recovery. 100 named seeds: of 100 intervals at 95 %, fewer than 88 hold the truth once in 500 cases.
+# Recovery. 50 named seeds: of 50 intervals at 95 %, fewer than 43 hold the truth once in 1300 cases.
 
 
 @pytest.mark.parametrize("family", ["lognormal", "weibull"])
 def test_intervals_cover_as_often_as_they_say(family):
-    held, truncated = coverage(family, range(100))
+    held, truncated = coverage(family, range(50))
     assert truncated == pytest.approx(0.2, abs=0.02)
     assert set(held) == set(truth_of(family))
-    assert all(88 <= count <= 100 for count in held.values()), held
+    assert all(43 <= count <= 50 for count in held.values()), held
 
 
-@pytest.mark.parametrize(("family", "prompts"), [("gamma", 100), (MIXTURE, 400)])
+@pytest.mark.parametrize(("family", "prompts"), [("gamma", 100), (MIXTURE, 200)])
 def test_slow_families_recover_what_they_were_drawn_from(family, prompts):
     found = fit(simulated(family, 0, prompts=prompts), Form(family, True, True))
     for name, truth in truth_of(family).items():
@@ -170,12 +170,12 @@ def table(lengths: Lengths, **changes):
 
 @pytest.fixture(scope="module")
 def drifting():
-    return workloads.choose(table(simulated("lognormal", 1, prompts=60)))
+    return workloads.choose(table(simulated("lognormal", 1, prompts=20)))
 
 
 @pytest.fixture(scope="module")
 def single():
-    lengths = simulated("lognormal", 2, cap=10**6, prompts=150)
+    lengths = simulated("lognormal", 2, cap=10**6, prompts=75)
     first = np.unique(lengths.prompt, return_index=True)[1]
     kept = np.isin(np.arange(lengths.tokens.size), first)
     whole = dataclasses.replace(lengths.of(kept), epoch=None)
@@ -418,7 +418,7 @@ def test_the_chosen_model_is_at_least_as_good_on_unseen_prompts_as_any_single_fa
     assert rows[0]["held_out_ln_likelihood"] >= max(single)
 
 
-@pytest.mark.parametrize("name", ["gsm8k-qwen2.5-32b", "gsm8k-reasoning", "math500", "livecodebench-llama"])
+@pytest.mark.parametrize("name", ["gsm8k-qwen2.5-32b", "gsm8k-reasoning", "math500", "math500-reasoning"])
 def test_a_fresh_fit_of_the_shipped_table_gives_the_shipped_file(name):
     what, document = SHIPPED[name], shipped(name)
     lengths = lengths_of(table_path(what.table), [f"model={what.model}"], what.cap).lengths

@@ -234,15 +234,26 @@ def test_a_study_has_points(points: int, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == f"simrl: robustness={points} must be at least 1 (--robustness)\n"
 
 
-def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_it_and_says_at_how_many_points_a_policy_cannot_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     sets = [text for value in SMALL for text in ("--set", value)]
     base = ["compare", "--policies", "verl,rlhfuse", "--nodes", "1", "--steps", "2", "--robustness", "4", *sets]
-    assert main(base) == 0
-    out = capsys.readouterr().out
-    assert "assumed parameters varied over their ranges at 4 points" in out
-    assert "by gpu_s_per_step:" in out
     assert main([*base, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["robustness"]["points"] == 4
+    found = json.loads(capsys.readouterr().out)["robustness"]
+    # 16,384 tokens' logits in a vocabulary of 151,936, beside 3.2 GB of weights and layers on 48.3 GB.
+    varied = [shipped_parameters()[parameter["name"]] for parameter in found["parameters"]]
+    logits = [parameter.key for parameter in varied].index("learner.logit_bytes_per_value")
+    too_large = int((sobol_points(varied, 4, seed=0)[:, logits] * 16_384 * 151_936 > 48.3e9 - 3.2e9).sum())
+    assert too_large, "or the text for it is not looked at"
+    assert (found["points"], found["impossible_points"]) == (4 - too_large, too_large)
+    reason = "learning with qwen2.5-0.5b on 8 GPUs does not fit"
+    assert found["impossible_because"] == {reason: too_large}
+    assert main(base) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"varied over their ranges at {4 - too_large} points, and {too_large} at which a policy cannot run" in out
+    assert "by gpu_s_per_step:" in out
+    assert f"cannot run at {too_large} points: {reason}" in out
 
 
 # --- where the numbers of runs come from ---

@@ -279,17 +279,10 @@ def _starts(lengths: Lengths, form: Form, start: Mapping[str, float] | None) -> 
     if form.family != MIXTURE:
         return [base]
     within = base["within_sd"]
+    names = ("second_share", "second_offset", "within_sd", "second_sd")
     kinds = ((0.2, 0.0, 0.6, 2.0), (0.1, 2.0, 0.8, 1.0), (0.1, -2.0, 0.8, 1.0))
-    return [
-        {
-            **base,
-            "within_sd": near * within,
-            "second_share": share,
-            "second_offset": offset * within,
-            "second_sd": far * within,
-        }
-        for share, offset, near, far in kinds
-    ]
+    units = (1.0, within, within, within)
+    return [{**base, **dict(zip(names, np.multiply(kind, units).tolist(), strict=True))} for kind in kinds]
 
 
 def _climb(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from scipy import stats
 
 from simrl.traces.fit import FOLDS, FitError, Fitted, Form, Lengths, Likelihood, fit, within_variance
 from simrl.traces.length_tables import LengthTable
-from simrl.traces.lengths import FAMILIES, MIXTURE, MIXTURE_UNITS, UNITS, LengthModel, parse_workload
+from simrl.traces.lengths import FAMILIES, MIXTURE, MIXTURE_UNITS, UNITS, LengthModel
 from simrl.traces.parameters import Parameter
 from simrl.traces.streams import stream
 from simrl.traces.trace import whole_file
@@ -111,18 +111,14 @@ def choose(table: LengthTable, share: Share = ANY_TASK, on_fit: Callable[[int], 
     held_out = {family: held_out_ln_likelihood(lengths, found) for family, found in by_family.items()}
     ends: tuple[Fitted, ...] = ()
     if stated is not None:
-        forms = [_of_share(best.form, end) for end in (stated.low, stated.high)]
+        forms = [replace(best.form, between_share=end) for end in (stated.low, stated.high)]
         ends = tuple(fit(lengths, form, best.values, intervals=False) for form in forms)
     drift_interval = None
     if len(drifts) == 2 and not best.form.drift:
-        wider = fit(lengths, Form(best.form.family, best.form.cap_mass, True, between), best.values)
+        wider = fit(lengths, replace(best.form, drift=True), best.values)
         assert wider.intervals is not None
         drift_interval = wider.intervals["drift_per_epoch"]
     return Choice(table, best, tuple(candidates), held_out, stated, ends, drift_interval)
-
-
-def _of_share(form: Form, share: float) -> Form:
-    return Form(form.family, form.cap_mass, form.drift, share)
 
 
 def _with_intervals(lengths: Lengths, candidates: Sequence[Fitted]) -> Fitted:
@@ -148,7 +144,7 @@ def held_out_ln_likelihood(lengths: Lengths, found: Fitted, folds: int = FOLDS) 
         seen = lengths.of(fold != out)
         form = found.form
         if form.cap_mass and not seen.truncated.any():
-            form = Form(form.family, False, form.drift, form.between_share)
+            form = replace(form, cap_mass=False)
         values = dict(fit(seen, form, found.values, intervals=False).values)
         if form != found.form:
             values["cap_mass"] = 0.5 / seen.tokens.size
@@ -176,25 +172,20 @@ def parameters_of(choice: Choice, template_tokens: int = 0) -> list[Parameter]:
 
 def _fitted(choice: Choice, name: str, unit: str, source: str) -> Parameter:
     best, share = choice.best, choice.share
-    value, status = best.values[name], "derived"
-    if share is not None and name.endswith("_sd"):
-        status = "assumed"
-        low, high = sorted(end.values[name] for end in choice.ends)
-        low, high = min(low, value), max(high, value)
-        source = (
-            f"total spread: {source}; one response a prompt, so the split is assumed: {share.value:g} of the variance "
-            f"between prompts, range {share.low:g} to {share.high:g}"
-        )
-    else:
+    if share is None or not name.endswith("_sd"):
         assert best.intervals is not None
-        low, high = best.intervals[name]
-    return Parameter(f"workload.{name}", *_rounded(value, unit, status, source, low, high))
+        return _parameter(name, best.values[name], unit, "derived", source, *best.intervals[name])
+    values = [fitted.values[name] for fitted in (best, *choice.ends)]
+    source = (
+        f"total spread: {source}; one response a prompt, so the split is assumed: {share.value:g} of the variance "
+        f"between prompts, range {share.low:g} to {share.high:g}"
+    )
+    return _parameter(name, best.values[name], unit, "assumed", source, min(values), max(values))
 
 
-def _rounded(
-    value: float, unit: str, status: str, source: str, low: float, high: float
-) -> tuple[float, str, str, str, float, float]:
-    return round(value, 5), unit, status, source, round(float(low), 5), round(float(high), 5)
+def _parameter(name: str, value: float, unit: str, status: str, source: str, low: float, high: float) -> Parameter:
+    rounded, low, high = (round(float(number), 5) for number in (value, low, high))
+    return Parameter(f"workload.{name}", rounded, unit, status, source, low, high)
 
 
 def _held_at_zero(choice: Choice, name: str, unit: str, source: str) -> Parameter:
@@ -202,17 +193,17 @@ def _held_at_zero(choice: Choice, name: str, unit: str, source: str) -> Paramete
     lengths = choice.table.lengths
     if name == "drift_per_epoch":
         if choice.drift_interval is None:
-            return Parameter(f"workload.{name}", 0.0, unit, "assumed", DRIFT_SOURCE, DRIFT_LOW, DRIFT_HIGH)
+            return _parameter(name, 0.0, unit, "assumed", DRIFT_SOURCE, DRIFT_LOW, DRIFT_HIGH)
         low, high = choice.drift_interval
         why = f"BIC does without; interval of the form with it; {source}"
-        return Parameter(f"workload.{name}", *_rounded(0.0, unit, "derived", why, min(low, 0.0), max(high, 0.0)))
+        return _parameter(name, 0.0, unit, "derived", why, min(low, 0.0), max(high, 0.0))
     if not choice.table.truncation_known:
         why = "nothing says which responses ran to the cap; range: masses of other tables"
-        return Parameter(f"workload.{name}", 0.0, unit, "assumed", why, 0.0, UNKNOWN_MASS_HIGH)
+        return _parameter(name, 0.0, unit, "assumed", why, 0.0, UNKNOWN_MASS_HIGH)
     hits, trials = int(lengths.truncated.sum()), lengths.tokens.size
     high = float(stats.beta.ppf(0.975, hits + 1, trials - hits))
     why = f"{hits} of {trials} truncated, which BIC takes for long ones; high: all of them endless; {source}"
-    return Parameter(f"workload.{name}", *_rounded(0.0, unit, "derived", why, 0.0, high))
+    return _parameter(name, 0.0, unit, "derived", why, 0.0, high)
 
 
 def _template(tokens: int) -> Parameter:
@@ -225,33 +216,28 @@ def _template(tokens: int) -> Parameter:
 
 def measured_beside_drawn(choice: Choice, model: LengthModel) -> list[dict[str, Any]]:
     """Statistics of the data beside the mean and the 95 % range of data sets of the same shape drawn from the model."""
-    lengths, cap = choice.table.lengths, choice.table.cap or FAR
+    lengths = choice.table.lengths
     counts = np.unique(lengths.prompt, return_counts=True)[1]
-    drawn = [_statistics(*_draw(model, seed, counts, cap)) for seed in range(REPLICATES)]
-    measured = _statistics(np.minimum(_in_order(lengths), cap), np.repeat(np.arange(counts.size), counts))
-    return [
-        {
-            "what": name,
-            "measured": value,
-            "drawn": float(np.mean([d[name] for d in drawn])),
-            "low": float(np.quantile([d[name] for d in drawn], 0.025)),
-            "high": float(np.quantile([d[name] for d in drawn], 0.975)),
-        }
-        for name, value in measured.items()
-    ]
+    prompt = np.repeat(np.arange(counts.size), counts)
+    in_order = lengths.tokens[np.argsort(lengths.prompt, kind="stable")]
+    drawn = [_statistics(tokens, prompt) for tokens in _drawn_sets(choice, model)]
+    found = []
+    for name, value in _statistics(np.minimum(in_order, choice.table.cap or FAR), prompt).items():
+        values = [one[name] for one in drawn]
+        low, high = map(float, np.quantile(values, [0.025, 0.975]))
+        found.append({"what": name, "measured": value, "drawn": float(np.mean(values)), "low": low, "high": high})
+    return found
 
 
-def _in_order(lengths: Lengths) -> Floats:
-    return lengths.tokens[np.argsort(lengths.prompt, kind="stable")].astype(float)
-
-
-def _draw(model: LengthModel, seed: int, counts: NDArray[np.int64], cap: int) -> tuple[Floats, NDArray[np.int64]]:
-    tokens = model.response_lengths(seed, 0, counts.size, int(counts.max()), cap).tokens
+def _drawn_sets(choice: Choice, model: LengthModel) -> list[Floats]:
+    """Response tokens of data sets with as many responses of each prompt, prompt by prompt."""
+    counts = np.unique(choice.table.lengths.prompt, return_counts=True)[1]
     kept = np.arange(counts.max()) < counts[:, None]
-    return tokens[kept].astype(float), np.repeat(np.arange(counts.size), counts)
+    size, cap = (counts.size, int(counts.max())), choice.table.cap or FAR
+    return [model.response_lengths(seed, 0, *size, cap).tokens[kept].astype(float) for seed in range(REPLICATES)]
 
 
-def _statistics(tokens: Floats, prompt: NDArray[np.int64]) -> dict[str, float]:
+def _statistics(tokens: NDArray[Any], prompt: NDArray[np.int64]) -> dict[str, float]:
     found = {"mean, tokens": float(tokens.mean())}
     found |= {f"p{q}, tokens": float(np.quantile(tokens, q / 100)) for q in (10, 50, 90, 99)}
     if np.unique(prompt).size < tokens.size:
@@ -272,15 +258,10 @@ def workload_toml(choice: Choice, template_tokens: int = 0, source: str = "") ->
     """The workload file's text.
 
     Args:
-        choice: What was fitted.
+        choice: What was fitted to a table with prompt lengths.
         template_tokens: Of chat template and instruction, where the prompts' lengths do not hold them.
         source: Where the table comes from, with its licence.
-
-    Raises:
-        FitError: If the table has no prompt lengths.
     """
-    if not choice.table.prompt_tokens:
-        raise FitError(f"{choice.table.origin}: column prompt_tokens is missing: a workload needs prompt lengths")
     rows = parameters_of(choice, template_tokens)
     lengths = choice.table.lengths
     told = f"{choice.table.origin}: {source}" if source else choice.table.origin
@@ -311,9 +292,7 @@ def workload_toml(choice: Choice, template_tokens: int = 0, source: str = "") ->
         *_wrapped(choice.table.prompt_tokens),
         "]",
     ]
-    text = "\n".join(lines) + "\n"
-    parse_workload(text, "the fitted workload")  # what is written can be read
-    return text
+    return "\n".join(lines) + "\n"
 
 
 def notes_of(choice: Choice) -> list[str]:
@@ -327,7 +306,7 @@ def notes_of(choice: Choice) -> list[str]:
         )
     if choice.table.lengths.epoch is None:
         notes.append("no epochs in the data: no drift fitted")
-    if choice.best != choice.candidates[0] and choice.best.form != choice.candidates[0].form:
+    if choice.best.form != choice.candidates[0].form:
         notes.append(f"best by BIC was {described_form(choice.candidates[0].form)}, which the data do not determine")
     return notes
 
@@ -339,8 +318,7 @@ def described_form(form: Form) -> str:
 
 def candidate_rows(choice: Choice) -> list[dict[str, Any]]:
     """The table of forms, best first."""
-    told: set[str] = set()
-    rows = []
+    rows, held_out = [], dict(choice.held_out)
     for found in choice.candidates:
         row = {
             "form": described_form(found.form),
@@ -348,17 +326,10 @@ def candidate_rows(choice: Choice) -> list[dict[str, Any]]:
             "ln_likelihood": round(found.ln_likelihood, 2),
             "bic": round(found.bic, 2),
         }
-        if found.form.family not in told:
-            row["held_out_ln_likelihood"] = round(choice.held_out[found.form.family], 2)
-            told.add(found.form.family)
+        if found.form.family in held_out:  # of a family's best form
+            row["held_out_ln_likelihood"] = round(held_out.pop(found.form.family), 2)
         rows.append(row)
     return rows
-
-
-def between_share(values: Mapping[str, float]) -> float:
-    """Share of the variance of ln length that lies between prompts."""
-    between = values["between_sd"] ** 2
-    return between / (between + within_variance(values))
 
 
 def _row(p: Parameter) -> str:
@@ -391,11 +362,9 @@ def plot(choice: Choice, model: LengthModel, path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    lengths, cap = choice.table.lengths, choice.table.cap or FAR
-    counts = np.unique(lengths.prompt, return_counts=True)[1]
-    drawn = [_draw(model, seed, counts, cap)[0] for seed in range(REPLICATES)]
-    order = np.arange(1, lengths.tokens.size) / lengths.tokens.size
-    quantiles = np.array([np.quantile(d, order) for d in drawn])
+    tokens = np.minimum(choice.table.lengths.tokens, choice.table.cap or FAR)
+    order = np.arange(1, tokens.size) / tokens.size
+    quantiles = np.array([np.quantile(drawn, order) for drawn in _drawn_sets(choice, model)])
     middle = quantiles.mean(axis=0)
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(5.5, 5), layout="constrained")
@@ -403,13 +372,9 @@ def plot(choice: Choice, model: LengthModel, path: Path) -> None:
         low, high = np.quantile(quantiles, [0.025, 0.975], axis=0)
         axes.fill_between(middle, low, high, color="0.85", label="95 % of drawn data sets")
         axes.plot(middle, middle, color="0.5", lw=0.8)
-        axes.plot(middle, np.quantile(np.minimum(lengths.tokens, cap), order), ".", ms=3, label="measured")
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel="quantile of the fitted model, tokens",
-            ylabel="measured quantile, tokens",
-        )
+        axes.plot(middle, np.quantile(tokens, order), ".", ms=3, label="measured")
+        axes.set(xscale="log", yscale="log")
+        axes.set(xlabel="quantile of the fitted model, tokens", ylabel="measured quantile, tokens")
         axes.set_title(f"{choice.table.origin}\n{described_form(choice.best.form)}", fontsize=9)
         axes.legend(frameon=False, loc="upper left")
         with whole_file(path) as file:
@@ -429,19 +394,9 @@ def parse_share(text: str) -> Share:
     return Share(value, low, high)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a workload file, by renaming when complete.
-
-    Raises:
-        TraceError: If the place cannot be written.
-    """
-    with whole_file(path) as file:
-        file.write_text(text, encoding="utf-8")
-
-
 def summary(choice: Choice, model: LengthModel) -> dict[str, Any]:
     """What `simrl trace fit --json` prints."""
-    lengths = choice.table.lengths
+    lengths, between = choice.table.lengths, choice.best.values["between_sd"] ** 2
     assert all(math.isfinite(value) for value in choice.held_out.values())
     return {
         "origin": choice.table.origin,
@@ -450,7 +405,7 @@ def summary(choice: Choice, model: LengthModel) -> dict[str, Any]:
         "truncated": int(lengths.truncated.sum()),
         "cap": choice.table.cap,
         "form": described_form(choice.best.form),
-        "between_share": round(between_share(choice.best.values), 4),
+        "between_share": round(between / (between + within_variance(choice.best.values)), 4),
         "parameters": {
             p.key.removeprefix("workload."): {
                 "value": p.value, "low": p.low, "high": p.high, "unit": p.unit, "status": p.status

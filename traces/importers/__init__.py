@@ -91,11 +91,9 @@ def import_trace(
 
 
 def _expanded(path: Path) -> list[Path]:
-    if not path.is_dir():
-        if not path.exists():
-            raise TraceError(f"{path}: does not exist")
-        return [path]
-    if is_run(path):
+    if not path.exists():
+        raise TraceError(f"{path}: does not exist")
+    if not path.is_dir() or is_run(path):
         return [path]
     found = [inner for inner in sorted(path.iterdir()) if inner.name.endswith((".jsonl", ".jsonl.gz"))]
     if not found:
@@ -230,11 +228,7 @@ def _of_dictionaries(path: Path) -> str | None:
 
 def _best_mapping(keys: set[str]) -> str | None:
     """The shipped mapping that knows most of *keys*, at least two beside the step's."""
-    scores = {}
-    for name in shipped_mappings():
-        mapping = load_mapping(name)
-        scores[name] = len(keys & (mapping.keys - set(mapping.fields["step"].keys)))
+    mappings = {name: load_mapping(name) for name in shipped_mappings()}
+    scores = {name: len(keys & (known.keys - set(known.fields["step"].keys))) for name, known in mappings.items()}
     best = max(scores, key=lambda name: scores[name])
-    if scores[best] < 2:
-        return None
-    return "verl-log" if best == "verl" else best
+    return None if scores[best] < 2 else "verl-log" if best == "verl" else best

@@ -153,8 +153,7 @@ def parse_mapping(text: str, origin: str) -> KeyMapping:
     )
 
 
-def _known(table: dict[str, Any], allowed: Iterable[str], where: str, origin: str) -> None:
-    allowed = tuple(allowed)
+def _known(table: dict[str, Any], allowed: list[str] | tuple[str, ...], where: str, origin: str) -> None:
     for key in table:
         if key not in allowed:
             hint = did_you_mean(key, allowed)

@@ -533,8 +533,4 @@ def csv_header(path: Path) -> list[str]:
 def _holds_lines(path: Path) -> bool:
     """Whether a file named .json has an object on each of several lines."""
     first, _, rest = head(path).strip().partition("\n")
-    return bool(rest.strip()) and _is_object(first.strip())
-
-
-def _is_object(line: str) -> bool:
-    return line.endswith("}") and isinstance(parsed_json(line), dict)
+    return bool(rest) and first.rstrip().endswith("}") and isinstance(parsed_json(first), dict)

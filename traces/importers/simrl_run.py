@@ -37,11 +37,8 @@ def run_rows(path: Path, reading: Reading) -> Iterator[tuple[Path, int, Row]]:
     for index, row in enumerate(_steps(path / "phases.parquet"), 1):
         yield path / "phases.parquet", index, {**row, "gpus": gpus}
     samples = path / "samples.parquet"
-    index = 0
-    for batch in _batches(samples, SAMPLE_COLUMNS):
-        for record in batch:
-            index += 1
-            yield samples, index, _response(record)
+    for index, record in enumerate(_records(samples, SAMPLE_COLUMNS), 1):
+        yield samples, index, _response(record)
     reading.finished(samples)
 
 
@@ -53,19 +50,18 @@ def _response(record: dict[str, Any]) -> Row:
 
 def _steps(path: Path) -> Iterator[Row]:
     steps: dict[int, Row] = {}
-    for batch in _batches(path, PHASE_COLUMNS):
-        for record in batch:
-            stage, start_s, end_s = record["stage"], record["start_s"], record["end_s"]
-            row = steps.setdefault(record["step"], {"kind": "step", "step": record["step"], "epoch": record["epoch"]})
-            row.setdefault("metrics", {}).update({f"{stage}/start_s": start_s, f"{stage}/end_s": end_s})
-            if stage == "step":
-                row.update(start_s=start_s, end_s=end_s, step_s=end_s - start_s)
-            elif stage in STAGES:
-                row[f"{stage}_s"] = end_s - start_s
+    for record in _records(path, PHASE_COLUMNS):
+        stage, start_s, end_s = record["stage"], record["start_s"], record["end_s"]
+        row = steps.setdefault(record["step"], {"kind": "step", "step": record["step"], "epoch": record["epoch"]})
+        row.setdefault("metrics", {}).update({f"{stage}/start_s": start_s, f"{stage}/end_s": end_s})
+        if stage == "step":
+            row.update(start_s=start_s, end_s=end_s, step_s=end_s - start_s)
+        elif stage in STAGES:
+            row[f"{stage}_s"] = end_s - start_s
     yield from steps.values()
 
 
-def _batches(path: Path, columns: tuple[str, ...]) -> Iterator[list[dict[str, Any]]]:
+def _records(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -75,7 +71,7 @@ def _batches(path: Path, columns: tuple[str, ...]) -> Iterator[list[dict[str, An
             if missing:
                 raise TraceError(f"{path}: column {missing[0]} is missing: not of a simrl run")
             for batch in file.iter_batches(20_000, columns=list(columns)):
-                yield batch.to_pylist()
+                yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise TraceError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
 

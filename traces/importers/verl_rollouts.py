@@ -36,23 +36,22 @@ def rollout_rows(paths: Iterable[Path], reading: Reading, count: Count) -> Itera
     """
     for path in sorted(paths, key=lambda path: (_number(path) is None, _number(path) or 0)):
         for line, record in json_lines(path, reading):
-            texts = [record.get(name) for name in ("input", "output")]
-            if not all(isinstance(text, str) for text in texts):
+            prompt, output, step = (record.get(name) for name in ("input", "output", "step"))
+            if not isinstance(prompt, str) or not isinstance(output, str):
                 reading.bad(path, line, "input and output must be texts")
                 continue
-            yield path, line, _row(record, str(texts[0]), str(texts[1]), path, count)
-
-
-def _row(record: Record, prompt: str, output: str, path: Path, count: Count) -> Row:
-    step = record.get("step")
-    return {
-        "kind": "response",
-        "step": _number(path) if step is None else step,
-        "prompt_id": text_id(prompt),
-        "prompt_tokens": count(prompt),
-        "response_tokens": count(output),
-        "metrics": {key: value for key, value in record.items() if key not in _TEXTS},
-    }
+            yield (
+                path,
+                line,
+                {
+                    "kind": "response",
+                    "step": _number(path) if step is None else step,
+                    "prompt_id": text_id(prompt),
+                    "prompt_tokens": count(prompt),
+                    "response_tokens": count(output),
+                    "metrics": {key: value for key, value in record.items() if key not in _TEXTS},
+                },
+            )
 
 
 def _number(path: Path) -> int | None:

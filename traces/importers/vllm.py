@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -132,16 +132,16 @@ def _benchmark(path: Path, reading: Reading) -> Iterator[Row]:
     if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in BENCHMARK_KEYS):
         raise TraceError(f"{path}: no result of `vllm bench serve --save-detailed`: no lists input_lens, output_lens")
     prompts, outputs = (document[key] for key in BENCHMARK_KEYS)
-    others = {
-        key: value if isinstance(value, list) and len(value) == len(prompts) else None
-        for key, value in ((key, document.get(key)) for key in ("ttfts", "latencies", "start_times", "errors"))
-    }
     if len(prompts) != len(outputs):
         raise TraceError(f"{path}: {len(prompts)} input_lens but {len(outputs)} output_lens")
-    whole = {key: value for key, value in document.items() if not isinstance(value, list | dict)}
-    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        names = ("errors", "start_times", "ttfts", "latencies")
-        error, start_s, first_s, latency_s = (_of(others[name], index) for name in names)
+    others = []
+    for key in ("errors", "start_times", "ttfts", "latencies"):
+        values = document.get(key)
+        whole = isinstance(values, list) and len(values) == len(prompts)
+        others.append(values if whole else [None] * len(prompts))
+    summary = {key: value for key, value in document.items() if not isinstance(value, list | dict)}
+    for index, (prompt, output, other) in enumerate(zip(prompts, outputs, zip(*others, strict=True), strict=True)):
+        error, start_s, first_s, latency_s = other
         if error:
             reading.bad(path, 1, f"request {index} failed: {str(error)[:80]!r}")
             continue
@@ -152,13 +152,9 @@ def _benchmark(path: Path, reading: Reading) -> Iterator[Row]:
             "start_s": start_s,
             "first_token_s": _sum(start_s, first_s),
             "end_s": _sum(start_s, latency_s),
-            "metrics": {"request": index, "ttft": first_s, "latency": latency_s, **(whole if index == 0 else {})},
+            "metrics": {"request": index, "ttft": first_s, "latency": latency_s, **(summary if index == 0 else {})},
         }
     reading.finished(path)
-
-
-def _of(values: Sequence[Any] | None, index: int) -> Any:
-    return None if values is None else values[index]
 
 
 def _sum(one: Any, other: Any) -> Any:

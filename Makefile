@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Symlinked packages need the plain .pth form of editable installs (docs/design.md).
 INSTALL := $(PIP) install --config-settings editable_mode=compat
 
-.PHONY: run test real check types unit bench clean
+.PHONY: run test real check types unit bench reproduce clean
 
 run: $(VENV)/core.done  ## install the core and simulate the main job
 	$(BIN)/simrl run --policy rlhfless --nodes 20
@@ -54,6 +54,11 @@ $(VENV)/sched-sim.done: | $(VENV)/bin/python
 
 bench: $(VENV)/core.done $(VENV)/sched-sim.done  ## measure the simulator's speed and write docs/performance.md
 	$(BIN)/python -m simrl.experiments.bench
+
+reproduce: $(VENV)/core.done  ## run the experiments of RLHFless's paper and write docs/reproduction.md: half an hour
+	rm -rf build/reproduction
+	$(BIN)/simrl reproduce rlhfless -o build/reproduction
+	cp -r build/reproduction/. docs/
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

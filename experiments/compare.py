@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simrl.experiments.config import Config, ConfigError, config_toml
 from simrl.experiments.robustness import Study, check_points, study_robustness
 from simrl.experiments.run import planned, run, write_directory
+from simrl.experiments.statistics import Floats as Floats
+from simrl.experiments.statistics import compare_paired
+from simrl.experiments.statistics import interval95 as interval95
 from simrl.traces.summary import flat
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from simrl.traces.parameters import Parameter
 
 TOTALS = ("responses", "response_tokens", "prompt_tokens")
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def compare(
             if progress is not None:
                 progress(sum(map(len, summaries.values())))
         check_same_work([summaries[name][i] for name in names])
-    rows = tuple(row(summaries[name], summaries[baseline]) for name in names)
+    rows = with_tests([row(summaries[name], summaries[baseline]) for name in names], summaries, baseline)
     study = None
     if robustness is not None:
         nominal = [summaries[name][0] for name in names]
@@ -159,22 +160,39 @@ def _paired(step_s: Sequence[Floats], gpu_s: Sequence[Floats]) -> dict[str, Any]
     }
 
 
+def with_tests(
+    rows: Sequence[dict[str, Any]], summaries: Mapping[str, Sequence[dict[str, Any]]], baseline: str
+) -> tuple[dict[str, Any], ...]:
+    """*rows* of `row`, each with `paired`: differences from the baseline over seeds, by metric; the baseline's is None.
+
+    All policies and both metrics of a table are one family of comparisons; after the first epoch is another.
+    """
+    whole = _tests(summaries, baseline, {"step_s": ("step_s", "mean"), "gpu_s_per_step": ("gpu_s_per_step",)})
+    later = None
+    if all(row["later_epochs"] for row in rows):
+        later = _tests(summaries, baseline, {m: ("later_epochs", m) for m in ("step_s", "gpu_s_per_step")})
+    found = []
+    for one in rows:
+        inner = later and {"later_epochs": {**one["later_epochs"], "paired": later[one["policy"]]}}
+        found.append({**one, **(inner or {}), "paired": whole[one["policy"]]})
+    return tuple(found)
+
+
+def _tests(
+    summaries: Mapping[str, Sequence[dict[str, Any]]], baseline: str, metrics: Mapping[str, tuple[str, ...]]
+) -> dict[str, dict[str, Any] | None]:
+    others = [name for name in summaries if name != baseline]
+    keys = [(name, metric) for name in others for metric in metrics]
+    columns = [[_column(summaries[n], *metrics[metric]) for n in (name, baseline)] for name, metric in keys]
+    tested = dict(zip(keys, compare_paired([(own, base) for own, base in columns]), strict=True))
+    return {baseline: None, **{name: {m: tested[name, m].to_dict() for m in metrics} for name in others}}
+
+
 def _column(summaries: Sequence[dict[str, Any]], *path: str) -> Floats:
     values: list[Any] = list(summaries)
     for key in path:
         values = [value[key] for value in values]
     return np.asarray(values, dtype=float)
-
-
-def interval95(values: Floats) -> list[float] | None:
-    """Student's t-interval of the mean of paired values; None for a single one."""
-    from scipy.special import stdtrit  # scipy.stats has the same, and takes a second to import
-
-    if len(values) < 2:
-        return None
-    half = float(stdtrit(len(values) - 1, 0.975)) * float(values.std(ddof=1)) / len(values) ** 0.5
-    mean = float(values.mean())
-    return [mean - half, mean + half]
 
 
 def write_comparison(comparison: Comparison, config: Config, directory: Path, comment: str = "") -> None:

@@ -14,9 +14,11 @@ from rich.text import Text
 
 from simrl.experiments.compare import Comparison
 from simrl.experiments.run import Result
+from simrl.experiments.statistics import NOT_SHOWN
 from simrl.traces.summary import STAGES
 
 if TYPE_CHECKING:
+    from simrl.experiments.sweep import SweepResult
     from simrl.experiments.validate import Validation
 
 POSSIBLY_CHANCE = 0.05
@@ -146,15 +148,75 @@ def _percent(share: float | None) -> str:
 def _standings(title: str, figures: Mapping[str, Mapping[str, Any]]) -> Table:
     table = _table(title, "s/step", "GPU-s/step", "speedup", "GPU-s saved")
     for policy, row in figures.items():
-        speedup = _with_interval(row["speedup"], row["speedup_ci95"], "{:.3f}x")
+        speedup = _with_interval(row["speedup"], row["speedup_ci95"], "{:.3f}x") + _not_shown(row, "step_s")
         saved = _with_interval(row["gpu_s_reduction"], row["gpu_s_reduction_ci95"], "{:.1%}")
+        saved += _not_shown(row, "gpu_s_per_step")
         table.add_row(Text(policy), f"{row['step_s']:.2f}", f"{row['gpu_s_per_step']:,.0f}", Text(speedup), Text(saved))
     return table
+
+
+def _not_shown(row: Mapping[str, Any], metric: str) -> str:
+    """A line under figures over seeds that show no difference from the baseline."""
+    paired = row.get("paired")
+    missing = paired and paired[metric]["p"] is not None and paired[metric]["verdict"] == NOT_SHOWN
+    return f"\n{NOT_SHOWN}" if missing else ""
 
 
 def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
     shown = form.format(value)
     return shown if interval is None else f"{shown}\n[{form.format(interval[0])}, {form.format(interval[1])}]"
+
+
+def of_sweep(result: SweepResult, directory: Path | None) -> RenderableType:
+    """A sweep: a line a cell, over all steps and after the first epoch, and how cells and seeds spread."""
+    found, cells = result.to_dict(), len(result.design.cells)
+    tables: list[RenderableType] = []
+    for title, table in found["tables"].items():
+        if title != "first epoch":
+            tables += [_cells(title, table["cells"]), *map(Text, _spread(table["standard_deviations"])), Text()]
+    notes = [f"{cells} cells, the same {result.design.seeds} seeds in each; {result.computed} runs done now"]
+    if result.design.seeds > 1:
+        notes.append(
+            "intervals: 95 %, over seeds: sampling noise alone; differences from the cell"
+            f" {_point(found['reference'])}: paired by seed, corrected for all of their table (Holm)"
+        )
+    if directory is not None:
+        notes.append(f"written to {directory}")
+    return Group(*tables, *(Text(note, overflow="fold") for note in notes))
+
+
+def _point(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path}={_cell(value)}" for path, value in values.items())
+
+
+def _cells(title: str, cells: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table(title, "s/step", "difference", "GPU-s/step", "difference", "seeds for 1 %")
+    table.columns[0].overflow = "fold"
+    for cell in cells:
+        row, seeds = [], []
+        for metric, form in (("step_s", "{:.2f}"), ("gpu_s_per_step", "{:,.0f}")):
+            paired = cell["paired"] and cell["paired"].get(metric)
+            row += [_with_interval(cell[metric]["mean"], cell[metric]["ci95"], form), _difference(paired, form)]
+            seeds.append(paired["seeds_for_1_percent"] if paired else None)
+        needed = " / ".join(map(_cell, seeds)) if any(seeds) else ""
+        table.add_row(Text(_point(cell["values"])), *map(Text, row), needed)
+    return table
+
+
+def _difference(paired: Mapping[str, Any] | None, form: str) -> str:
+    if paired is None:
+        return ""
+    shown = _with_interval(paired["difference"], paired["ci95"], form.replace(":", ":+"))
+    return f"{shown}\n{NOT_SHOWN}" if paired["p"] is not None and paired["verdict"] == NOT_SHOWN else shown
+
+
+def _spread(deviations: Mapping[str, Mapping[str, float] | None]) -> list[str]:
+    return [
+        f"{metric}: standard deviation over seeds {sd['over_seeds']:.4g}; over cells, noise taken off,"
+        f" {sd['over_cells']:.4g}"
+        for metric, sd in deviations.items()
+        if sd
+    ]
 
 
 def of_validation(validation: Validation, directory: Path | None) -> RenderableType:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from simrl.experiments.run import Result as Result
     from simrl.experiments.run import run as run
     from simrl.experiments.run import write_run as write_run
+    from simrl.experiments.sweep import sweep as sweep
+    from simrl.experiments.timeline import read_frames as read_frames
+    from simrl.experiments.timeline import write_timeline as write_timeline
     from simrl.policies.contract import *  # noqa: F403  the same names as in _CONTRACT
 
 _CONTRACT = (
@@ -38,8 +41,11 @@ _WHERE = {
     "load_config": "simrl.experiments.config",
     "replay": "simrl.experiments.replay",
     "Result": "simrl.experiments.run",
+    "read_frames": "simrl.experiments.timeline",
     "run": "simrl.experiments.run",
+    "sweep": "simrl.experiments.sweep",
     "write_run": "simrl.experiments.run",
+    "write_timeline": "simrl.experiments.timeline",
 }
 __all__ = sorted((*_WHERE, "__version__"))
 

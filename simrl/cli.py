@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 
 if TYPE_CHECKING:
     from simrl.experiments.config import Config
+    from simrl.experiments.explain import Explanation
     from simrl.experiments.from_verl import Listing
 
 app = typer.Typer(
@@ -130,7 +132,7 @@ def _user_message(error: Exception) -> tuple[str, int] | None:
     profiler = sys.modules.get("simrl.real_backend.profiler")  # too much to import for this
     if isinstance(error, (TimeoutError, LearnerLost, *([profiler.ProfilingFailed] if profiler else []))):
         return last_line(error), 1
-    died = death(error)
+    died = str(error) if isinstance(error, BrokenExecutor) else death(error)
     return None if died is None else (died, 1)
 
 
@@ -191,6 +193,9 @@ def compare(
         int | None,
         typer.Option(parser=_whole_number, help="Points at which to vary all that is assumed.", metavar="K"),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Where differences come from: by technique, stage and state.")
+    ] = False,
     nodes: NodesOption = None,
     preset: PresetOption = None,
     config: ConfigOption = None,
@@ -205,7 +210,9 @@ def compare(
     from simrl.experiments import report
     from simrl.experiments.compare import compare as compare_policies
     from simrl.experiments.compare import write_comparison
+    from simrl.experiments.explain import of_explanations
     from simrl.experiments.run import check_directory
+    from simrl.traces.trace import whole_file
 
     names = [name.strip() for name in policies.split(",") if name.strip()]
     everyone = [*names, *([baseline] if baseline and baseline not in names else [])]
@@ -217,12 +224,103 @@ def compare(
         check_directory(output)
     with _progress("runs", (seeds + (robustness or 0)) * len(everyone)) as progress:
         comparison = compare_policies(resolved, names, seeds, baseline, robustness=robustness, progress=progress)
+    explained = _explain(resolved, names, comparison.baseline, seeds) if explain else []
+    why = {"explain": [explanation.to_dict() for explanation in explained]} if explain else {}
     if output:
         write_comparison(comparison, resolved, output)
+        if explain:
+            with whole_file(output / "explain.json") as file:
+                file.write_text(json.dumps(why["explain"], indent=2) + "\n", encoding="utf-8")
         if listing:
             listing.write(output)
     _warn(comparison.warnings)
-    _print(json.dumps(comparison.to_dict(), indent=2) if as_json else report.of_comparison(comparison, output))
+    if as_json:
+        _print(json.dumps({**comparison.to_dict(), **why}, indent=2))
+        return
+    _print(report.of_comparison(comparison, output))
+    if explained:
+        _print(of_explanations(explained))
+
+
+def _explain(config: Config, policies: list[str], baseline: str, seeds: int) -> list[Explanation]:
+    from simrl.experiments.explain import explain
+
+    with _progress("percent", 100) as progress:
+        return explain(config, policies, baseline, seeds, progress=progress)
+
+
+@app.command()
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="rlhfless.", metavar="PAPER")],
+    quick: Annotated[bool, typer.Option("--quick", help="Few seeds, steps and points: some minutes.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write; must not exist or be empty.")
+    ] = None,
+) -> None:
+    """Run a paper's experiments, and write a page with its figures beside these."""
+    from simrl.experiments.reproduce import FULL, QUICK, check_paper
+    from simrl.experiments.reproduce import reproduce as reproduce_paper
+    from simrl.experiments.run import check_directory
+
+    check_paper(paper)
+    directory = output or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-reproduce-{paper}"
+    check_directory(directory)
+    command = f"simrl reproduce {paper}{' --quick' if quick else ''}"
+    with _progress("percent", 100) as progress:
+        reproduce_paper(paper, directory, QUICK if quick else FULL, command=command, progress=progress)
+    typer.echo(f"written to {directory}")
+
+
+@app.command()
+def sweep(
+    params: Annotated[
+        list[str] | None,
+        typer.Option("--param", help="path=lo:hi:step (both ends), lo:hi, or a,b,...; repeatable.", metavar="P=V"),
+    ] = None,
+    design: Annotated[str, typer.Option(help="grid, list, random or sobol.", metavar="DESIGN")] = "grid",
+    cells: Annotated[
+        int | None, typer.Option(parser=_whole_number, help="To draw: random, sobol.", metavar="N")
+    ] = None,
+    seeds: Annotated[int, typer.Option(parser=_whole_number, help="Seeds: --seed, --seed + 1, ...", metavar="K")] = 1,
+    engine: Annotated[str, typer.Option(help="local (processes) or ray.", metavar="ENGINE")] = "local",
+    processes: Annotated[
+        int | None, typer.Option(parser=_whole_number, help="Of the local engine; by default all cores.", metavar="N")
+    ] = None,
+    ray_address: Annotated[str | None, typer.Option(help="Of a Ray cluster; by default this machine's own.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --output.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep finished runs here, for other sweeps too.", metavar="FOLDER")
+    ] = None,
+    policy: PolicyOption = None,
+    nodes: NodesOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    steps: StepsOption = None,
+    seed: SeedOption = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a policy over a design of parameters, every cell on the same work, on all cores or on Ray."""
+    from simrl.experiments import report
+    from simrl.experiments.sweep import assignments, design_sweep, failed_run, run_sweep
+
+    if resume and output is None:
+        raise typer.BadParameter("--resume goes on in the directory of --output: name it")
+    base = _load(preset=preset, config=config, sets=sets, policy=policy, nodes=nodes, steps=steps, seed=seed)
+    planned = design_sweep(base, assignments(params or []), seeds=seeds, design=design, cells=cells)
+    directory = output if output or as_json else _default_directory(base)
+    with _progress("runs", planned.runs) as progress:
+        result = run_sweep(
+            planned, directory, resume=resume, cache=cache, engine=engine, processes=processes,
+            ray_address=ray_address, progress=progress,
+        )  # fmt: skip
+    _warn(result.warnings)
+    _print(json.dumps(result.to_dict(), indent=2) if as_json else report.of_sweep(result, directory))
+    if result.failures:
+        for failure in result.failures:
+            print("simrl:", failed_run(failure), file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -400,6 +498,20 @@ def profile(
     _print(report.of_list("profile", measured.overview()))
 
 
+@app.command()
+def timeline(
+    run_directory: Annotated[Path, typer.Argument(help="Of a simulated or a real run.", metavar="RUN")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; gzipped if *.gz.", metavar="T.json")],
+) -> None:
+    """Write a run as a Chrome / Perfetto trace: GPUs, stages, decisions, counts."""
+    from simrl.experiments.timeline import read_frames, write_timeline
+    from simrl.traces.trace import check_output
+
+    check_output(output)
+    write_timeline(read_frames(run_directory), output)
+    typer.echo(f"{output}: open it in https://ui.perfetto.dev or chrome://tracing")
+
+
 trace_app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(trace_app, name="trace", help="Import logs of real runs, and show what is in them.")
 
@@ -548,10 +660,11 @@ def _progress(unit: str, total: int) -> Iterator[Callable[[int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    columns = (rich.TextColumn(unit), rich.BarColumn(), rich.MofNCompleteColumn(), *times)
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(unit, total=total)
         yield lambda done: bar.update(task, completed=done)

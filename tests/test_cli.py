@@ -358,14 +358,12 @@ def test_every_name_of_the_facade_resolves():
 
 def test_importing_simrl_is_light():
     code = (
-        "import time; begin = time.perf_counter(); import simrl; seconds = time.perf_counter() - begin\n"
-        "import sys; heavy = {'pandas', 'scipy', 'matplotlib', 'typer', 'rich', 'simpy', 'numpy'} & set(sys.modules)\n"
-        "print(seconds, sorted(heavy))"
+        "import simrl, sys\n"
+        "heavy = {'pandas', 'scipy', 'matplotlib', 'typer', 'rich', 'simpy', 'numpy', 'pydantic'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, heavy = done.stdout.split(maxsplit=1)
-    assert float(seconds) < 0.3
-    assert heavy.strip() == "[]"
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_run_needs_neither_matplotlib_nor_scipy_stats():

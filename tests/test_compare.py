@@ -102,7 +102,7 @@ def test_the_json_object_has_the_documented_keys(compared):
     assert list(document) == ["baseline", "rows"]
     assert list(document["rows"][0]) == [
         "policy", "step_s", "gpu_s_per_step", "speedup", "speedup_ci95", "gpu_s_reduction", "gpu_s_reduction_ci95",
-        "responses", "response_tokens", "prompt_tokens", "later_epochs",
+        "responses", "response_tokens", "prompt_tokens", "later_epochs", "paired",
     ]  # fmt: skip
 
 

@@ -1,0 +1,81 @@
+"""Many runs on all cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+from simrl.experiments.config import Config
+from simrl.experiments.run import run
+
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
+
+
+def map_on_cores(
+    function: Callable[[Job], Answer],
+    jobs: Sequence[Job],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """What *function* says of each job, in their order; an error ends all others.
+
+    Args:
+        function: Of a module: spawned processes import it.
+        jobs: The longest first make best use of the cores.
+        workers: Processes; by default one a core. With one everything runs in this process.
+        progress: Called with the percentage of jobs done.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: a process died.
+    """
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    if workers <= 1:
+        return [_told(function(job), 100 * done // len(jobs), progress) for done, job in enumerate(jobs, 1)]
+    before = set(multiprocessing.active_children())
+    # Spawned, as a forked copy of a process with threads may hang.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _leave_interrupts_to_parent) as pool:
+        futures = [pool.submit(function, job) for job in jobs]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                _told(future.result(), 100 * done // len(jobs), progress)
+        except BaseException:  # Ctrl-C too
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - before:
+                child.terminate()
+            raise
+        return [future.result() for future in futures]
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _told(answer: Answer, percent: int, progress: Callable[[int], None] | None) -> Answer:
+    if progress is not None:
+        progress(percent)
+    return answer
+
+
+def summary_of(config: Config) -> dict[str, Any]:
+    """The summary of a run."""
+    return run(config).summary
+
+
+def summaries_of(
+    configs: Iterable[Config], *, workers: int | None = None, progress: Callable[[int], None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The summary of each configuration, by `key_of`; equal ones run once."""
+    unique = {key_of(config): config for config in configs}
+    summaries = map_on_cores(summary_of, list(unique.values()), workers=workers, progress=progress)
+    return dict(zip(unique, summaries, strict=True))
+
+
+def key_of(config: Config) -> str:
+    """The same text for equal configurations."""
+    return config.model_dump_json()

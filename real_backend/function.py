@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,7 @@ class RealFunction(ClusterFunction):
         self._engine_awake = False
         self._arrivals: dict[int, Rollout] = {}  # not on the engine yet
         self._on_engine: dict[int, Rollout] = {}
+        self._reports: deque[tuple[float, StepReport]] = deque()  # with their times, not booked yet
         super().__init__(cluster, decision.function, decision.gpus, decision.roles, decision.node)
 
     def _call(
@@ -84,6 +88,7 @@ class RealFunction(ClusterFunction):
 
     def break_down(self) -> set[int]:
         """Its host is dead, or ended: tokens are known up to its last report."""
+        self._reports.clear()
         there = self.engine_ids()
         self._arrivals.clear()
         self._on_engine.clear()
@@ -155,20 +160,35 @@ class RealFunction(ClusterFunction):
         arrivals = [self.cluster.work_for(rollout) for rollout in self._arrivals.values()]
         self._on_engine.update(self._arrivals)
         self._arrivals.clear()
-        begin_s = self.cluster.env.now
-        limits = ITERATIONS_PER_CALL, self.cluster.completions_ahead(self), self.cluster.clock.in_turn
-        reports = yield self._call("step", arrivals, *limits, seconds=lambda reports: sum(r.seconds for r in reports))
-        self._book(reports, begin_s)
+        begin_s, clock = self.cluster.env.now, self.cluster.clock
+        # The engine is in its next iteration when the policy hears of what has just happened.
+        iterations = 1 if clock.in_turn and self.cluster.triggers.events else ITERATIONS_PER_CALL
+        limits = iterations, self.cluster.completions_ahead(self), clock.in_turn
+        call = self._call("step", arrivals, *limits, seconds=lambda reports: sum(r.seconds for r in reports))
+        if clock.in_turn:  # it is done already: whoever looks meanwhile sees what is over by then
+            self._report(call.value or (), begin_s, 1.0)
+            self.cluster.ahead[self.name] = self
+        reports = yield call
+        self.cluster.ahead.pop(self.name, None)
+        if not clock.in_turn:
+            took_s = sum(report.seconds for report in reports)
+            # Between iterations a call spends time of its own: it is spread over them.
+            self._report(reports, begin_s, (self.cluster.env.now - begin_s) / took_s if took_s else 0.0)
+        self._book(math.inf)
         return True
 
-    def _book(self, reports: Sequence[StepReport], begin_s: float) -> None:
+    def _report(self, reports: Sequence[StepReport], begin_s: float, stretch: float) -> None:
+        ends_s = itertools.accumulate((stretch * report.seconds for report in reports), initial=begin_s)
+        self._reports.extend(zip(itertools.islice(ends_s, 1, None), reports, strict=True))
+
+    def catch_up(self) -> None:
+        """Book the iterations of a call that are over."""
+        self._book(self.cluster.env.now)
+
+    def _book(self, until_s: float) -> None:
         texts, rollouts, ends = self.cluster.texts, [], []
-        took_s = sum(report.seconds for report in reports)
-        # Between iterations a call on the wall clock spends time of its own: it is spread over them.
-        stretch = (self.cluster.env.now - begin_s) / took_s if took_s else 0.0
-        elapsed_s = 0.0
-        for report in reports:
-            elapsed_s += report.seconds
+        while self._reports and self._reports[0][0] <= until_s:
+            end_s, report = self._reports.popleft()
             for response_id, token_ids in report.new_tokens.items():
                 texts[response_id].extend(token_ids)
                 self._on_engine[response_id].generated += len(token_ids)
@@ -178,7 +198,7 @@ class RealFunction(ClusterFunction):
                 rollout.computed_tokens += finished.computed_tokens
                 self.cluster.completed(rollout, finished)
                 rollouts.append(rollout)
-                ends.append(begin_s + stretch * elapsed_s)
+                ends.append(end_s)
             self.cluster.num_preemptions += report.num_preempted
         if rollouts:
             self.cluster.rollouts_finished(self, rollouts, ends)

@@ -46,7 +46,7 @@ from simrl.experiments.run import Result, Simulation, drawn_work, simulate
 from simrl.simulator.costs import Costs, DoesNotFit
 from simrl.simulator.learning import Floats, Learning, Share, forward_flops
 from simrl.traces.iteration import ATTENDED_KNOTS, CONTEXT_KNOTS, TOKEN_KNOTS, IterationTimes
-from simrl.traces.summary import HOLDING
+from simrl.traces.summary import HOLDING, gpu_s_between
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,7 @@ def gap(result: Result) -> pd.DataFrame:
         least = StepBound.of(simulation, step, mine["prompt_tokens"], mine["response_tokens"]).within(
             (end_s - begin_s) * (1 + MARGIN)
         )
-        gpu_s, busy_gpu_s = _gpu_s_between(held, begin_s, end_s), _gpu_s_between(busy, begin_s, end_s)
+        gpu_s, busy_gpu_s = gpu_s_between(held, begin_s, end_s), gpu_s_between(busy, begin_s, end_s)
         rows.append({
             "step": step, "step_s": end_s - begin_s, "gpu_s": gpu_s, "busy_gpu_s": busy_gpu_s,
             "bound_step_s": least.step_s, "bound_gpu_s": least.gpu_s,
@@ -133,11 +133,6 @@ def gap(result: Result) -> pd.DataFrame:
             "busy_gap": busy_gpu_s / least.gpu_s,
         })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _gpu_s_between(workers: pd.DataFrame, begin_s: float, end_s: float) -> float:
-    inside_s = np.minimum(workers["end_s"], end_s) - np.maximum(workers["start_s"], begin_s)
-    return float((workers["gpus"] * np.maximum(inside_s, 0.0)).sum())
 
 
 class StepBound:

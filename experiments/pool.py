@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import connection
 from typing import Any, TypeVar
 
 from simrl.experiments.config import Config
@@ -39,7 +41,7 @@ def map_on_cores(
         return [_told(function(job), 100 * done // len(jobs), progress) for done, job in enumerate(jobs, 1)]
     before = set(multiprocessing.active_children())
     # Spawned, as a forked copy of a process with threads may hang.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _leave_interrupts_to_parent) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         futures = [pool.submit(function, job) for job in jobs]
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -52,8 +54,12 @@ def map_on_cores(
         return [future.result() for future in futures]
 
 
-def _leave_interrupts_to_parent() -> None:
+def start_worker() -> None:
+    """Ctrl-C is the parent's business, and a worker ends with its parent, whatever ended that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is a child"
+    threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _told(answer: Answer, percent: int, progress: Callable[[int], None] | None) -> Answer:

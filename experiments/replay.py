@@ -24,7 +24,7 @@ from simrl.policies.runtime.steps import StepWork
 from simrl.traces.lengths import load_workload
 from simrl.traces.oracle import StepOracle
 from simrl.traces.parameters import Parameter
-from simrl.traces.summary import HOLDING, STAGES
+from simrl.traces.summary import HOLDING, STAGES, gpu_s_between
 from simrl.traces.trace import RESPONSE_COLUMNS, Provenance, Trace, TraceError, read_trace
 
 if TYPE_CHECKING:
@@ -609,13 +609,12 @@ def _step_summaries(result: Result) -> list[dict[str, Any]]:
     totals = frames.samples.assign(responses=1).groupby("step")[list(TOTALS)].sum()
     found = []
     for line, total in zip(phases.to_dict("records"), totals.to_dict("records"), strict=True):
-        inside_s = held["end_s"].clip(upper=line["end_s"]) - held["start_s"].clip(lower=line["start_s"])
         found.append({
             **{str(name): int(count) for name, count in total.items()},
             "policy": result.summary["policy"],
             "epoch": int(line["epoch"]),
             "step_s": {"mean": line["end_s"] - line["start_s"]},
-            "gpu_s_per_step": float((inside_s.clip(lower=0.0) * held["gpus"]).sum()),
+            "gpu_s_per_step": gpu_s_between(held, line["start_s"], line["end_s"]),
             "later_epochs": None,
         })  # fmt: skip
     return found

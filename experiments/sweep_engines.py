@@ -6,21 +6,18 @@ import functools
 import gc
 import hashlib
 import multiprocessing
-import os
-import signal
-import threading
 import traceback
 from collections.abc import Generator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import version
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import simrl
 from simrl.experiments.config import Config
+from simrl.experiments.pool import start_worker
 from simrl.experiments.run import Work, drawn_work, run
 
 ATTEMPTS = 3  # of a run whose process dies
@@ -112,7 +109,7 @@ def _one_pool(jobs: Mapping[str, str], processes: int) -> Generator[tuple[str, O
     """Outcomes until all are there or a process dies; then None for those that were under way."""
     before = set(multiprocessing.active_children())
     # Spawned: a forked copy of a process with threads may hang.
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn"), start_worker)
     try:
         queue, pending = list(jobs.items())[::-1], dict[Future[Outcome], str]()
         broken = False
@@ -137,14 +134,6 @@ def _one_pool(jobs: Mapping[str, str], processes: int) -> Generator[tuple[str, O
         pool.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()  # after an error or Ctrl-C it would finish its run first
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's business, and a worker ends with its parent, whatever ended that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker is a child"
-    threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 # --- Ray ---

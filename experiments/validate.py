@@ -35,6 +35,7 @@ from simrl.traces.oracle import Oracle
 from simrl.traces.parameters import Parameters
 from simrl.traces.profile import Profile, load_profile
 from simrl.traces.records import Frames, Recorder
+from simrl.traces.summary import gpu_s_between
 
 STAGES: Mapping[str, str] = {
     "generation": "generation", "preparation": "log_probs", "learning": "update", "weight_sync": "weight_sync",
@@ -331,16 +332,10 @@ def stage_seconds(frames: Frames) -> pd.DataFrame:
     workers = frames.workers[frames.workers["state"] != "parked"]
     steps = phases[phases["stage"] == "step"]
     leased = [
-        {"step": step, "stage": "gpu_s", "seconds": _gpu_seconds(workers, start_s, end_s)}
+        {"step": step, "stage": "gpu_s", "seconds": gpu_s_between(workers, start_s, end_s)}
         for step, start_s, end_s in zip(steps["step"], steps["start_s"], steps["end_s"], strict=True)
     ]
     return pd.concat([rows, pd.DataFrame(leased)], ignore_index=True)
-
-
-def _gpu_seconds(workers: pd.DataFrame, start_s: float, end_s: float) -> float:
-    """GPU-seconds of leases between two moments."""
-    inside = workers["end_s"].clip(upper=end_s) - workers["start_s"].clip(lower=start_s)
-    return float((inside.clip(lower=0) * workers["gpus"]).sum())
 
 
 def compare_runs(runs: Sequence[Run]) -> Validation:

@@ -159,10 +159,11 @@ class _Leases:
         unused = (self.state == "idle") & (self.stage == NO_STAGE)
         return float(self.gpu_s[(self.state == "cold") | unused].sum())
 
-    def gpu_s_between(self, start_s: float, end_s: float) -> float:
-        """GPU-seconds of the part that lies in a window."""
-        inside_s = np.minimum(self.end_s, end_s) - np.maximum(self.start_s, start_s)
-        return float((self.gpus * np.maximum(inside_s, 0.0)).sum())
+
+def gpu_s_between(leases: pd.DataFrame | _Leases, begin_s: float, end_s: float) -> float:
+    """GPU-seconds of the part of *leases* (rows of `workers`) that lies in a window."""
+    inside_s = np.minimum(np.asarray(leases.end_s), end_s) - np.maximum(np.asarray(leases.start_s), begin_s)
+    return float((np.asarray(leases.gpus) * np.maximum(inside_s, 0.0)).sum())
 
 
 def _leases(workers: pd.DataFrame) -> _Leases:
@@ -198,7 +199,7 @@ def _epochs(steps: pd.DataFrame, leases: _Leases) -> dict[str, Any] | None:
     if steps.empty:
         return None
     starts_s, ends_s = steps["start_s"].to_numpy(dtype=float), steps["end_s"].to_numpy(dtype=float)
-    gpu_s = [leases.gpu_s_between(start_s, end_s) for start_s, end_s in zip(starts_s, ends_s, strict=True)]
+    gpu_s = [gpu_s_between(leases, start_s, end_s) for start_s, end_s in zip(starts_s, ends_s, strict=True)]
     return {
         "steps": len(steps),
         "step_s": float((ends_s - starts_s).mean()),

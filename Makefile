@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Symlinked packages need the plain .pth form of editable installs (docs/design.md).
 INSTALL := $(PIP) install --config-settings editable_mode=compat
 
-.PHONY: run test real check types unit bench reproduce clean
+.PHONY: run test real check types unit fuzz bench reproduce clean
 
 run: $(VENV)/core.done  ## install the core and simulate the main job
 	$(BIN)/simrl run --policy rlhfless --nodes 20
@@ -45,6 +45,9 @@ types: $(VENV)/dev.done
 unit: $(VENV)/dev.done $(VENV)/real.done
 	$(BIN)/python -m pytest -n auto --ignore-glob='tests/test_real_*.py'
 	$(BIN)/python -m pytest tests/test_real_*.py  # one after the other: engines share the cores
+
+fuzz: $(VENV)/dev.done $(VENV)/real.done  ## the unit tests with new random examples, and more of them
+	$(BIN)/python -m pytest -n auto --hypothesis-profile=fuzz --ignore-glob='tests/test_real_*.py'
 
 # The other simulator of the benchmark gets an environment of its own: simrl does not depend on it.
 $(VENV)/sched-sim.done: | $(VENV)/bin/python

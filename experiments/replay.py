@@ -587,7 +587,8 @@ def _scaled(shape: NDArray[np.float64], total: int, low: int, high: int) -> Ints
     def excess(factor: float) -> float:
         return float(np.clip(factor * shape, low, high).sum() - total)
 
-    factor = brentq(excess, 0.0, high / shape.min(), xtol=1e-15)
+    # At twice the factor that brings the least to *high* all are cut there, whatever the rounding.
+    factor = brentq(excess, 0.0, 2 * high / shape.min(), xtol=1e-15)
     exact = np.clip(factor * shape, low, high)
     whole = np.floor(exact).astype(np.int64)
     up = np.argsort(whole - exact, kind="stable")[: total - int(whole.sum())]  # those that lose most by rounding down

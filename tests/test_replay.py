@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from simrl.cli import main
 from simrl.experiments.config import Config, ConfigError, config_toml, load_config
-from simrl.experiments.replay import Replayed, _fitted, load_replay, replay
+from simrl.experiments.replay import Replayed, _fitted, _scaled, load_replay, replay
 from simrl.experiments.run import Result, run, write_run
 from simrl.traces.importers import import_trace
 from simrl.traces.trace import TraceError
@@ -215,6 +215,13 @@ def test_fitted_lengths_meet_what_real_lengths_had(data: st.DataObject) -> None:
     assert math.isnan(line["response_tokens_min"]) or found.min() == real.min()
     assert math.isnan(line["truncated_share"]) or (found == cap).sum() == (real == cap).sum()
     assert all(found[i] <= found[j] + 1 for i in range(len(shape)) for j in range(len(shape)) if shape[i] < shape[j])
+
+
+@pytest.mark.parametrize("high", range(1, 60))
+def test_all_lengths_may_be_the_longest(high: int) -> None:
+    """Products such as (7 / 83) * 83 need not come out whole."""
+    for least in range(1, 101):
+        assert _scaled(np.array([least, 100.0]), 2 * high, 1, high).tolist() == [high, high]
 
 
 def test_lengths_keep_the_workloads_spread() -> None:

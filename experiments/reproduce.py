@@ -52,7 +52,7 @@ class Variant(NamedTuple):
 
 
 POLICIES = tuple(Variant(name, name) for name in ("verl", "verl-tuned", "rlhfuse", "rlhfless"))
-VERL, RLHFLESS = POLICIES[0], POLICIES[-1]
+VERL, TUNED, RLHFUSE, RLHFLESS = POLICIES
 PAIR = (VERL, RLHFLESS)
 BEST = Case("Qwen2.5-3B, GSM8K, GRPO", sets=("job.model=qwen2.5-3b", "job.workload=gsm8k", "job.algorithm=grpo"))
 SIMULATED = Case("Llama-2-70B, 160 H100", "paper-simulated")
@@ -176,7 +176,8 @@ def _gaps(config: Config, steps: int) -> dict[str, float]:
 
 
 def _robustness(config: Config, points: int) -> dict[str, Any]:
-    policies = [variant.policy for variant in POLICIES if variant.policy != "verl-tuned"]  # it would search anew
+    """Of all policies; *config* has the static plan, which is kept at all points."""
+    policies = [variant.policy for variant in POLICIES]
     results = [run(config.with_policy(policy)) for policy in policies]
     parameters = {parameter.key: parameter for result in results for parameter in result.parameters}
     summaries = [result.summary for result in results]
@@ -213,7 +214,7 @@ class Runs:
     def tasks(self) -> list[Task]:
         """Of all sections, the longest first."""
         sizes, wanted = self.sizes, list[Task]()
-        wanted += [Task("robustness", self.config(case, VERL), sizes.points) for case in robust_cases(sizes)]
+        wanted += [Task("robustness", self.config(case, TUNED), sizes.points) for case in robust_cases(sizes)]
         compared = [(case, variant) for case in (*sizes.headline, SIMULATED) for variant in POLICIES]
         compared += [(case, variant) for case in sizes.causes for variant in PAIR]
         compared += [(BEST, variant) for variant in (VERL, *ORACLES, *sweep_variants(sizes.every))]
@@ -231,8 +232,7 @@ class Runs:
 
     def do(self, progress: Callable[[int], None] | None = None) -> None:
         """Plan static clusters, then run everything."""
-        cases = [*self.sizes.headline, SIMULATED, BEST]
-        tuned = [(case, variant) for case in cases for variant in POLICIES if variant.policy == "verl-tuned"]
+        tuned = [(case, TUNED) for case in (*self.sizes.headline, SIMULATED, BEST)]
         plans = map_on_cores(do, [Task("plan", self.config(*pair)) for pair in tuned], workers=self.workers)
         self._configs |= dict(zip(tuned, plans, strict=True))
         tasks = self.tasks()

@@ -18,8 +18,10 @@ from simrl.experiments.reproduce import (
     ORACLES,
     POLICIES,
     RLHFLESS,
+    RLHFUSE,
     SIMULATED,
     SWEEPS,
+    TUNED,
     VERL,
     Case,
     Runs,
@@ -33,7 +35,6 @@ from simrl.experiments.reproduce import (
     sweep,
 )
 
-RLHFUSE = next(variant for variant in POLICIES if variant.policy == "rlhfuse")
 PICTURES = "reproduction"
 """The folder of pictures, beside the page."""
 
@@ -281,7 +282,7 @@ The bound on GPU-seconds is that of each run's own step time; means over the las
         """How far the order depends on what is assumed."""
         rows, notes = [], []
         for case in robust_cases(self.runs.sizes):
-            study = self.runs.answers["robustness", key_of(self.runs.config(case, VERL))]
+            study = self.runs.answers["robustness", key_of(self.runs.config(case, TUNED))]
             if "impossible" in study:
                 rows.append([case.name, "cannot run", study["impossible"], "", "", ""])
                 continue
@@ -299,6 +300,7 @@ The bound on GPU-seconds is that of each run's own step time; means over the las
         return f"""## Does it hold over what is assumed?
 
 All assumed parameters at once over their ranges ([metrics.md](metrics.md), Robustness), seed 0, all epochs.
+`verl-tuned` keeps the plan that it made with the values as they are.
 {" ".join(notes)}
 
 {_table("job|by|order|ratio|over the points|holds at", rows)}"""

@@ -334,7 +334,7 @@ def run_sweep(
     resume: bool = False,
     cache: Path | None = None,
     engine: str = "local",
-    processes: int | None = None,
+    jobs: int | None = None,
     ray_address: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SweepResult:
@@ -346,7 +346,7 @@ def run_sweep(
         resume: Go on in *directory*, if it is there.
         cache: Where finished runs are kept, for other sweeps too; by default in *directory*.
         engine: `local`: processes of this machine, `ray`: Ray's.
-        processes: How many; by default the cores that this process may use.
+        jobs: Runs at once; by default the cores that this process may use, or all CPUs of Ray.
         ray_address: Of a Ray cluster; by default one of its own on this machine.
         progress: Called with the number of runs done, kept ones included.
 
@@ -355,7 +355,7 @@ def run_sweep(
         RunDirectoryError: the directory cannot be written, or is of another sweep.
         ClusterError: Ray does not start, or does not answer.
     """
-    _check_options(engine, processes, ray_address)
+    _check_options(engine, jobs, ray_address)
     notes = [] if directory is None else _open(directory, design, resume)
     kept = _Kept(cache or (directory / "runs" if directory else None))
     # All cells of a seed together: they share their draws.
@@ -368,7 +368,7 @@ def run_sweep(
     for task in tasks:
         by_key.setdefault(keys[task], []).append(task)
     written_s = time.monotonic()
-    with contextlib.closing(_outcomes(missing, engine, processes, ray_address)) as outcomes:
+    with contextlib.closing(_outcomes(missing, engine, jobs, ray_address)) as outcomes:
         for key, outcome in outcomes:
             kept.put(key, outcome)
             found |= dict.fromkeys(by_key[key], outcome)
@@ -380,24 +380,24 @@ def run_sweep(
     return _finish(design, found, notes, len(missing), directory)
 
 
-def _check_options(engine: str, processes: int | None, ray_address: str | None) -> None:
+def _check_options(engine: str, jobs: int | None, ray_address: str | None) -> None:
     if engine not in ENGINES:
         raise ConfigError(f"engine={engine!r} must be one of {', '.join(ENGINES)} (--engine)")
-    if processes is not None and (processes < 1 or engine != "local"):
-        raise ConfigError(f"processes={processes} must be at least 1, and goes with --engine local (--processes)")
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs={jobs} must be at least 1 (--jobs)")
     if ray_address is not None and engine != "ray":
         raise ConfigError(f"ray_address={ray_address!r} goes with --engine ray (--ray-address)")
 
 
 def _outcomes(
-    jobs: Mapping[str, str], engine: str, processes: int | None, ray_address: str | None
+    texts: Mapping[str, str], engine: str, jobs: int | None, ray_address: str | None
 ) -> Generator[tuple[str, Outcome], None, None]:
-    if not jobs:
+    if not texts:
         return
     if engine == "local":
-        yield from on_processes(jobs, processes or len(os.sched_getaffinity(0)))
+        yield from on_processes(texts, jobs or len(os.sched_getaffinity(0)))
     else:
-        yield from on_ray(jobs, ray_address)
+        yield from on_ray(texts, ray_address, jobs)
 
 
 def _finish(

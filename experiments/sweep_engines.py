@@ -139,8 +139,10 @@ def _one_pool(jobs: Mapping[str, str], processes: int) -> Generator[tuple[str, O
 # --- Ray ---
 
 
-def on_ray(jobs: Mapping[str, str], address: str | None) -> Generator[tuple[str, Outcome], None, None]:
-    """The same on Ray: one of its own on this machine, or the cluster at *address*, on all of whose CPUs.
+def on_ray(
+    jobs: Mapping[str, str], address: str | None, at_once: int | None
+) -> Generator[tuple[str, Outcome], None, None]:
+    """The same on Ray: one of its own on this machine, or the cluster at *address*, on all of whose CPUs or *at_once*.
 
     Ray starts a run again whose worker died.
 
@@ -155,7 +157,8 @@ def on_ray(jobs: Mapping[str, str], address: str | None) -> Generator[tuple[str,
         task = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(run_cell)
         queue, pending = list(jobs.items())[::-1], dict[Any, str]()
         while True:
-            ahead = AHEAD * max(int(ray.cluster_resources().get("CPU", 1)), 1)  # now: clusters grow
+            # The CPUs of now: clusters grow.
+            ahead = at_once or AHEAD * max(int(ray.cluster_resources().get("CPU", 1)), 1)
             while queue and len(pending) < ahead:
                 key, job = queue.pop()
                 pending[task.remote(job, code_version())] = key

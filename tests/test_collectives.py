@@ -88,4 +88,5 @@ def test_an_all_reduce_is_about_a_reduce_scatter_and_an_all_gather(gpu):
 @given(st.sampled_from(sorted(LINK_BYTES_PER_S)), st.sampled_from(KINDS), st.integers(2, 8), st.floats(1e6, 1e9))
 def test_twice_the_size_takes_longer(gpu, kind, gpus, size_bytes):
     shipped = load_collectives(gpu)
-    assert shipped.seconds(kind, 2 * size_bytes, gpus) > 1.2 * shipped.seconds(kind, size_bytes, gpus)
+    # 1.046 is the least: NCCL changes its protocol between 4 and 8 MB.
+    assert shipped.seconds(kind, 2 * size_bytes, gpus) > 1.04 * shipped.seconds(kind, size_bytes, gpus)

@@ -16,7 +16,7 @@ def test_ray_gives_the_table_of_processes_though_a_worker_dies(tmp_path, monkeyp
     design = design_sweep(config, {"policy.mode": ["works", "dies once", "raises"]}, seeds=2)
     on_ray = run_sweep(design, tmp_path / "ray", engine="ray")
     assert marker.exists(), "a worker has died"
-    run_sweep(design, tmp_path / "local", processes=1)
+    run_sweep(design, tmp_path / "local", jobs=1)
     assert len(on_ray.frame) == 4
     assert (tmp_path / "ray/results.parquet").read_bytes() == (tmp_path / "local/results.parquet").read_bytes()
     assert [failure["error"] for failure in on_ray.failures] == ["KeyError: 'a bug of its own'"] * 2

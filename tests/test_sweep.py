@@ -58,7 +58,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def swept(small, tmp_path_factory):
-    return sweep(small, GRID, seeds=2, output=tmp_path_factory.mktemp("sweep") / "out", processes=2)
+    return sweep(small, GRID, seeds=2, output=tmp_path_factory.mktemp("sweep") / "out", jobs=2)
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_drawn_cells_fill_their_ranges(small, design):
         (["--param", "job.steps=1:9999999:1"], "more than 1000000"),
         (["--param", "job.steps=1,2", "--engine", "slurm"], "must be one of local, ray"),
         (["--param", "job.steps=1,2", "--ray-address", "x:1"], "goes with --engine ray"),
-        (["--param", "job.steps=1,2", "--processes", "0"], "processes=0 must be at least 1"),
+        (["--param", "job.steps=1,2", "--jobs", "0"], "jobs=0 must be at least 1"),
     ],
 )
 def test_impossible_sweeps_are_refused_in_one_line(capsys, tmp_path, arguments, message):
@@ -198,7 +198,7 @@ def test_a_comparison_has_the_same_paired_differences(small):
 
 
 def test_one_process_gives_the_same_table(small, swept, tmp_path):
-    again = sweep(small, GRID, seeds=2, output=tmp_path / "out", processes=1)
+    again = sweep(small, GRID, seeds=2, output=tmp_path / "out", jobs=1)
     assert (tmp_path / "out/results.parquet").read_bytes() == (swept.directory / "results.parquet").read_bytes()
     assert again.computed == 8
 
@@ -264,9 +264,9 @@ def test_a_full_disk_leaves_what_was_complete(small, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(pd.DataFrame, "to_parquet", full)
         with pytest.raises(RunDirectoryError, match=r"results\.parquet' cannot be written: No space left"):
-            sweep(small, {"policy.dispatch": "chunks"}, output=directory, processes=1)
+            sweep(small, {"policy.dispatch": "chunks"}, output=directory, jobs=1)
     assert not [p for p in directory.iterdir() if p.name.startswith((".", "results"))]
-    again = sweep(small, {"policy.dispatch": "chunks"}, output=directory, resume=True, processes=1)
+    again = sweep(small, {"policy.dispatch": "chunks"}, output=directory, resume=True, jobs=1)
     assert (again.computed, len(again.frame)) == (0, 1)
 
 
@@ -283,7 +283,7 @@ def wait_until(condition):
 
 def test_a_killed_sweep_goes_on_where_it_was(fragile, tmp_path):
     sets = [f"--set={one}" for one in (*SMALL, f"policy.marker={tmp_path}/go")]
-    command = ["sweep", "--policy", fragile, "--nodes=1", "--steps=2", "--seeds=2", "--processes=2", *sets, "--json"]
+    command = ["sweep", "--policy", fragile, "--nodes=1", "--steps=2", "--seeds=2", "--jobs=2", *sets, "--json"]
     command += ["--param=policy.mode=works,waits", "--output"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with subprocess.Popen(
@@ -311,7 +311,7 @@ def test_a_killed_sweep_goes_on_where_it_was(fragile, tmp_path):
 
 def test_a_failing_cell_is_reported_and_the_others_finish(fragile, capsys):
     options = ["--policy", fragile, "--nodes", "1", "--steps", "2", *[f"--set={one}" for one in SMALL]]
-    code = main(["sweep", *options, "--param", "policy.mode=raises,works,dies", "--output", "out", "--processes", "2"])
+    code = main(["sweep", *options, "--param", "policy.mode=raises,works,dies", "--output", "out", "--jobs", "2"])
     lines = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
     assert code == 1
     assert lines == [
@@ -327,6 +327,6 @@ def test_a_failing_cell_is_reported_and_the_others_finish(fragile, capsys):
 def test_a_process_that_dies_costs_only_time(fragile, small, tmp_path):
     config = load_config(nodes=1, steps=2, sets=[*SMALL, f"policy.marker={tmp_path}/died"], policy=fragile)
     design = design_sweep(config, {"policy.mode": ["works", "dies once"]}, seeds=2)
-    frame = run_sweep(design, processes=2).frame
+    frame = run_sweep(design, jobs=2).frame
     assert (tmp_path / "died").exists()
     assert frame.drop(columns="policy.mode")[:2].equals(frame.drop(columns="policy.mode")[2:].reset_index(drop=True))

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Symlinked packages need the plain .pth form of editable installs (docs/design.md).
 INSTALL := $(PIP) install --config-settings editable_mode=compat
 
-.PHONY: run test real check types unit fuzz bench reproduce clean
+.PHONY: run test real check types docs unit fuzz bench reproduce browser notebooks clean
 
 run: $(VENV)/core.done  ## install the core and simulate the main job
 	$(BIN)/simrl run --policy rlhfless --nodes 20
@@ -33,7 +33,7 @@ $(VENV)/real.done: pyproject.toml $(VENV)/core.done
 real: $(VENV)/real.done  ## install the core and vLLM's CPU build, and let it generate
 	$(BIN)/python -m simrl.real_backend.engine_check
 
-test: check types unit  ## everything that must hold
+test: check types docs unit  ## everything that must hold
 
 check: $(VENV)/dev.done
 	$(BIN)/ruff check .
@@ -41,6 +41,9 @@ check: $(VENV)/dev.done
 
 types: $(VENV)/dev.done
 	$(BIN)/mypy
+
+docs: $(VENV)/dev.done  ## build the site in build/docs; warnings, broken links and anchors among them, are errors
+	$(BIN)/python -m sphinx -b html -E -W --keep-going -q docs build/docs
 
 unit: $(VENV)/dev.done $(VENV)/real.done
 	$(BIN)/python -m pytest -n auto --ignore-glob='tests/test_real_*.py'
@@ -62,6 +65,13 @@ reproduce: $(VENV)/core.done  ## run the experiments of RLHFless's paper and wri
 	rm -rf build/reproduction
 	$(BIN)/simrl reproduce rlhfless -o build/reproduction
 	cp -r build/reproduction/. docs/
+
+browser: $(VENV)/dev.done  ## open a report in Chromium, which must be installed; screenshots in build/report
+	$(INSTALL) -e '.[browser]'
+	$(BIN)/python -m pytest tests/browser_report.py
+
+notebooks: $(VENV)/dev.done $(VENV)/real.done  ## execute the notebooks in full size, in place: on an idle machine
+	$(BIN)/python notebooks/execute.py notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

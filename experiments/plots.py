@@ -54,6 +54,8 @@ def theme(dark: bool = False) -> Iterator[None]:
     }  # fmt: skip
     with mpl.rc_context(settings):
         yield
+        interactive = mpl.is_interactive()
+    mpl.interactive(interactive)  # a notebook's backend, which the first figure loads, turns it on to show figures
 
 
 def legend_above(axes: Axes) -> None:
@@ -240,10 +242,11 @@ def heat_map(results: pd.DataFrame, x: str, y: str, value: str, axes: Axes | Non
     means = table.to_numpy(dtype=float)
     image = axes.imshow(means, origin="lower", aspect="auto", cmap="cividis")
     middle = (np.nanmin(means) + np.nanmax(means)) / 2
+    size = "small" if means.size <= 40 else "xx-small"
     for (row, column), mean in np.ndenumerate(means):
         if means.size <= NUMBERED_CELLS and np.isfinite(mean):
             ink = "white" if mean < middle else "black"
-            axes.text(column, row, f"{mean:.4g}", ha="center", va="center", color=ink, size="xx-small")
+            axes.text(column, row, f"{mean:.4g}", ha="center", va="center", color=ink, size=size)
     columns, rows = (
         [f"{at:.4g}" if isinstance(at, float) else str(at) for at in axis] for axis in (table, table.index)
     )
@@ -253,10 +256,6 @@ def heat_map(results: pd.DataFrame, x: str, y: str, value: str, axes: Axes | Non
     axes.grid(visible=False)
     axes.figure.colorbar(image, ax=axes, label=value)
     return axes
-
-
-def _texts(values: pd.Index[Any]) -> list[str]:
-    return [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
 
 
 def pareto(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simrl.experiments.config import Config, ConfigError
-from simrl.experiments.run import run
+from simrl.experiments.run import Work, run
 from simrl.policies.contract import InvalidDecision, PolicyStalled
 from simrl.simulator.costs import DoesNotFit
 from simrl.traces.parameters import Parameter, shipped_parameters
@@ -105,6 +105,7 @@ def study_robustness(
     nominal: Sequence[Mapping[str, Any]],
     points: int,
     progress: Callable[[int], None] | None = None,
+    work: Work | None = None,
 ) -> Study:
     """Run every policy at *points* points of the space of what is assumed, all with the configuration's seed.
 
@@ -116,6 +117,7 @@ def study_robustness(
         nominal: A summary of each policy at that seed, with no parameter changed.
         points: How many; powers of two cover the space best.
         progress: Called with the number of runs done.
+        work: Of all runs, in place of what is drawn; `load_replay(...).work` is a trace's.
 
     Raises:
         ConfigError: no points, or no assumed parameter has a range.
@@ -127,7 +129,8 @@ def study_robustness(
     sampled, kept, rows, impossible = sobol_points(varied, points, config.seed), [], [], list[str]()
     for index, point in enumerate(sampled):
         try:
-            rows.append([run(_at(config, varied, point).with_policy(policy)).summary for policy in policies])
+            moved = _at(config, varied, point)
+            rows.append([run(moved.with_policy(policy), work=work).summary for policy in policies])
             kept.append(index)
         except (ConfigError, DoesNotFit, InvalidDecision, PolicyStalled) as error:
             impossible.append(_without_figures(str(error)))

@@ -322,6 +322,19 @@ def sweep(
     """Run a policy over a design of parameters, every cell on the same draws: `design_sweep`, then `run_sweep`.
 
     Processes are spawned: a script that calls this needs `if __name__ == "__main__":`.
+
+    Args:
+        config: Without the varied values; its seed is the first.
+        params: Values by path, as texts (`lo:hi:step` with both ends, `lo:hi`, `a,b,c`) or as they are.
+        seeds: How many, the same ones for every cell.
+        design: grid, list, random or sobol.
+        cells: How many to draw, for random and sobol.
+        output: Directory to write; None: nothing is written.
+        options: Of `run_sweep`.
+
+    Raises:
+        ConfigError: a path is unknown, or a value or an option is not allowed.
+        RunDirectoryError: the directory cannot be written, or is of another sweep.
     """
     planned = design_sweep(config, params, seeds=seeds, design=design, cells=cells)
     return run_sweep(planned, None if output is None else Path(output), **options)

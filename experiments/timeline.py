@@ -49,6 +49,9 @@ COLUMNS = {
 def read_frames(directory: Path) -> Frames:
     """The frames of a run directory, simulated or real.
 
+    Args:
+        directory: Of `simrl run --output`, or a run's folder in one of `simrl validate --output`.
+
     Raises:
         RunDirectoryError: it is no run directory, or a file of it is broken; the message names the file.
     """
@@ -79,7 +82,11 @@ def _read_frame(directory: Path, name: str, columns: Sequence[str]) -> pd.DataFr
 
 
 def write_timeline(frames: Frames, path: Path) -> None:
-    """Write a trace for ui.perfetto.dev or chrome://tracing; gzipped if the name ends in .gz.
+    """Write a trace for ui.perfetto.dev or chrome://tracing; times in it are in microseconds.
+
+    Args:
+        frames: Of a run, simulated or real.
+        path: File to write; gzipped if its name ends in .gz.
 
     Raises:
         RunDirectoryError: an interval that holds GPUs does not name as many.

@@ -24,7 +24,7 @@ from simrl.real_backend.actors import HostPool
 from simrl.real_backend.backend import ClockName, RealBackend, Replay
 from simrl.real_backend.engine import EngineSettings
 from simrl.real_backend.learner_settings import LearnerSettings
-from simrl.real_backend.profiler import check_real, default_clock, default_settings, local_model, measure
+from simrl.real_backend.profiler import TINY, check_real, default_clock, default_settings, local_model, measure
 from simrl.real_backend.replays import Player, mean_s
 from simrl.simulator.backend import SimulatedBackend
 from simrl.simulator.estimates import ProfiledEstimates
@@ -201,22 +201,25 @@ def _with_gpus(config: Config, gpus: int) -> Config:
 def run_validation(
     policies: Sequence[str],
     *,
-    device: str,
-    clock: str | None,
-    profile: Path | None,
-    model: str,
-    gpus: int,
-    repeats: int,
-    address: str | None,
-    folder: Path | None,
-    interface: str | None,
-    config_file: str | None,
-    sets: Sequence[str],
-    steps: int | None,
-    seed: int | None,
-    progress: Callable[[str], None],
+    device: str = "cpu",
+    clock: str | None = None,
+    profile: Path | None = None,
+    quick: bool = False,
+    model: str = TINY,
+    gpus: int = 8,
+    repeats: int = 2,
+    address: str | None = None,
+    folder: Path | None = None,
+    interface: str | None = None,
+    config_file: str | None = None,
+    sets: Sequence[str] = (),
+    steps: int | None = None,
+    seed: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Validation:
     """As `validate`, from what a user gives: profiles the machine if there is no profile, makes the tiny model.
+
+    Options are those of `simrl validate`; *quick* profiles with few repetitions, as in `simrl profile --quick`.
 
     Raises:
         ConfigError: an option is not one of those allowed, or the configuration is impossible.
@@ -252,7 +255,7 @@ def run_validation(
         with HostPool(engine, learner, address=address, folder=folder) as hosts:
             if measured is None:
                 progress("profiling this machine")
-                measured = measure(hosts, name, chosen, gpus)
+                measured = measure(hosts, name, chosen, gpus, quick=quick)
             site = Site(hosts, measured, profile or Path("measured now"), gpus, chosen)
             return validate(config, policies, site, repeats=repeats, progress=progress)
 

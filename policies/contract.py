@@ -464,7 +464,16 @@ class PolicyStalled(RuntimeError):
 
 
 def drive(backend: Backend, policy: Policy) -> None:
-    """Run a job to its end. Works on a copy of *policy*, so that runs share no state."""
+    """Run a job to its end.
+
+    Args:
+        backend: Simulated or real.
+        policy: Asked at each trigger; a copy of it is driven, so that runs share no state.
+
+    Raises:
+        InvalidDecision: the policy decided what cannot be done.
+        PolicyStalled: the policy left the cluster without work.
+    """
     policy = copy.deepcopy(policy)
     observation: Observation | None = backend.reset()
     while observation is not None:

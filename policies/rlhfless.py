@@ -242,17 +242,16 @@ class RLHFless:
     def cut(self, observation: Observation, function: str) -> list[Decision]:
         """Hand what is left on an actor to others with free slots, if they have enough; then it is done."""
         left = observation.unfinished(function)
-        if function not in self.actors or not left or not self.generating:
+        if function not in self.actors or function in self.promised or not left or not self.generating:
             return []
-        seen = observation.functions
-        there = set(seen) - {function}  # without those that start anew at this call
-        others = [seen[name] for name in self.actors if name in there]
+        seen = observation.functions  # without those that start anew at this call
+        others = [seen[name] for name in self.actors if name != function and name in seen]
         room = {other.name: other.free_slots - self.promised.get(other.name, 0) for other in others}
         targets = sorted(
             (other.name for other in others if other.num_unfinished),
             key=lambda name: (name not in self.promised, -room[name]),
         )
-        if sum(max(room[name], 0) for name in targets) < len(left) or function in self.promised:
+        if sum(max(room[name], 0) for name in targets) < len(left):
             return []
         moves: list[Decision] = []
         for name in targets:
@@ -280,7 +279,7 @@ class RLHFless:
 
     def park(self, observation: Observation, names: Sequence[str]) -> list[Decision]:
         """Park actors that have no more to do in this step, where the time until learning is worth it."""
-        if not self.generating:
+        if not self.generating or not names:
             return []
         self.actors = [name for name in self.actors if name not in names]
         left_s = self.generation_ends_s - observation.time_s
@@ -378,4 +377,8 @@ class RLHFless:
         hide = self.params.locality and self.params.group_by_length and self.params.scale_actors and told_apart
         allowed = [plan for plan in plans if plan.hidden or not hide]
         time_weight = self.params.lambda_ if self.params.scale_actors else 1.0  # fewer actors are not what is asked
-        return best_plan(allowed or plans, plans[len(counts) - 1], time_weight)
+        return self.best(observation, allowed or plans, plans[len(counts) - 1], time_weight)
+
+    def best(self, observation: Observation, plans: Sequence[Plan], reference: Plan, time_weight: float) -> Plan:
+        """The best of *plans* (see `best_plan`)."""
+        return best_plan(plans, reference, time_weight)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from simrl.experiments.config import Config as Config
     from simrl.experiments.config import ConfigError as ConfigError
     from simrl.experiments.config import load_config as load_config
+    from simrl.experiments.progress import progress_bar as progress_bar
     from simrl.experiments.replay import replay as replay
     from simrl.experiments.run import Result as Result
     from simrl.experiments.run import run as run
@@ -39,6 +40,7 @@ _WHERE = {
     "Config": "simrl.experiments.config",
     "ConfigError": "simrl.experiments.config",
     "load_config": "simrl.experiments.config",
+    "progress_bar": "simrl.experiments.progress",
     "replay": "simrl.experiments.replay",
     "Result": "simrl.experiments.run",
     "read_frames": "simrl.experiments.timeline",

@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Simulate RL post-training clusters and compare scheduling policies.",
+    epilog="Example: simrl compare --policies verl,rlhfless --nodes 2 --seeds 3",
 )
 # typer carries its own click since 0.26 and imports it before: this is the base of usage errors in either.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -57,7 +58,9 @@ FromVerlOption = Annotated[
     Path | None,
     typer.Option(help="verl's config.yaml, overrides.yaml or launch script, over the preset.", metavar="FILE"),
 ]
-OutputOption = Annotated[Path | None, typer.Option(help="Directory to write; must not exist or be empty.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Directory to write; must not exist or be empty.", metavar="DIR")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -149,7 +152,7 @@ def _simrl(
         typer.echo(context.get_help())
 
 
-@app.command()
+@app.command(epilog="Example: simrl run --policy rlhfless --nodes 20 --set policy.lambda=0.8 -o first")
 def run(
     policy: PolicyOption = None,
     nodes: NodesOption = None,
@@ -184,7 +187,7 @@ def run(
     _print(json.dumps(result.summary, indent=2) if as_json else report.of_run(result, directory))
 
 
-@app.command()
+@app.command(epilog="Example: simrl compare --policies verl,rlhfuse,rlhfless --nodes 2 --seeds 5")
 def compare(
     policies: Annotated[str, typer.Option(help="Names, separated by commas.", metavar="A,B,...")],
     seeds: Annotated[int, typer.Option(parser=_whole_number, help="Seeds: --seed, --seed + 1, ...", metavar="K")] = 1,
@@ -249,13 +252,11 @@ def _explain(config: Config, policies: list[str], baseline: str, seeds: int) -> 
         return explain(config, policies, baseline, seeds, progress=progress)
 
 
-@app.command()
+@app.command(epilog="Example: simrl reproduce rlhfless --quick -o reproduction")
 def reproduce(
     paper: Annotated[str, typer.Argument(help="rlhfless.", metavar="PAPER")],
     quick: Annotated[bool, typer.Option("--quick", help="Few seeds, steps and points: some minutes.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory to write; must not exist or be empty.")
-    ] = None,
+    output: OutputOption = None,
 ) -> None:
     """Run a paper's experiments, and write a page with its figures beside these."""
     from simrl.experiments.reproduce import FULL, QUICK, check_paper
@@ -271,7 +272,7 @@ def reproduce(
     typer.echo(f"written to {directory}")
 
 
-@app.command()
+@app.command(epilog="Example: simrl sweep --policy rlhfless --param policy.lambda=0:1:0.1 --seeds 5 -o sweep")
 def sweep(
     params: Annotated[
         list[str] | None,
@@ -283,8 +284,9 @@ def sweep(
     ] = None,
     seeds: Annotated[int, typer.Option(parser=_whole_number, help="Seeds: --seed, --seed + 1, ...", metavar="K")] = 1,
     engine: Annotated[str, typer.Option(help="local (processes) or ray.", metavar="ENGINE")] = "local",
-    processes: Annotated[
-        int | None, typer.Option(parser=_whole_number, help="Of the local engine; by default all cores.", metavar="N")
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", parser=_whole_number, help="Runs at once; by default all cores.", metavar="J"),
     ] = None,
     ray_address: Annotated[str | None, typer.Option(help="Of a Ray cluster; by default this machine's own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in --output.")] = False,
@@ -312,7 +314,7 @@ def sweep(
     directory = output if output or as_json else _default_directory(base)
     with _progress("runs", planned.runs) as progress:
         result = run_sweep(
-            planned, directory, resume=resume, cache=cache, engine=engine, processes=processes,
+            planned, directory, resume=resume, cache=cache, engine=engine, jobs=jobs,
             ray_address=ray_address, progress=progress,
         )  # fmt: skip
     _warn(result.warnings)
@@ -323,7 +325,72 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: simrl tune --policy rlhfless --trials 60 --objective pareto -o tuned")
+def tune(
+    trials: Annotated[
+        int | None, typer.Option(parser=_whole_number, help="Settings to try; by default 60.", metavar="N")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="End the search after so long; alone: no limit of trials.", metavar="S")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="cost (GPU-s/step), time (s/step) or pareto (both).", metavar="OBJECTIVE")
+    ] = "cost",
+    seeds: Annotated[
+        int, typer.Option(parser=_whole_number, help="Of every trial: --seed, --seed + 1, ...", metavar="K")
+    ] = 3,
+    params: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            help="path=lo:hi, lo:hi:step or a,b,... in place of the policy's own bounds, as policy.lambda=0.0:0.6,"
+            " or for other keys, as engine.tensor_parallel=1,2,4; repeatable.",
+            metavar="P=V",
+        ),
+    ] = None,
+    trial_steps: Annotated[
+        int | None, typer.Option(parser=_whole_number, help="Of the job, in a trial; by default 2 epochs.", metavar="N")
+    ] = None,
+    check_workloads: Annotated[
+        str | None,
+        typer.Option(help="To compare on as well: none, or as chat,gpqa; by default three others.", metavar="A,B,..."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", parser=_whole_number, help="Runs at once; by default all cores.", metavar="J"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --output.")] = False,
+    policy: PolicyOption = None,
+    nodes: NodesOption = None,
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    steps: StepsOption = None,
+    seed: SeedOption = None,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search a policy's parameters, and compare what is found with the defaults on fresh seeds and other workloads."""
+    from simrl.experiments.sweep import assignments
+    from simrl.experiments.tune import plan_tuning
+    from simrl.experiments.tune import tune as tune_policy
+    from simrl.experiments.tune_report import of_tuning
+
+    if resume and output is None:
+        raise typer.BadParameter("--resume goes on in the directory of --output: name it")
+    base = _load(preset=preset, config=config, sets=sets, policy=policy, nodes=nodes, steps=steps, seed=seed)
+    plan = plan_tuning(
+        base, assignments(params or []), objective=objective, trials=trials, seconds=seconds, seeds=seeds,
+        trial_steps=trial_steps, check_workloads=check_workloads,
+    )  # fmt: skip
+    directory = output if output or as_json else _default_directory(base, "tune-")
+    with _progress("percent", 100) as progress:
+        found = tune_policy(plan, directory, resume=resume, jobs=jobs, progress=progress)
+    _warn(found.notes)
+    _print(json.dumps(found.to_dict(), indent=2) if as_json else of_tuning(found, directory))
+
+
+@app.command(epilog="Example: simrl replay run.parquet --policy verl --policy rlhfless")
 def replay(
     trace: Annotated[Path, typer.Argument(help="Of `simrl trace import`.", metavar="T.parquet")],
     policies: Annotated[
@@ -357,7 +424,7 @@ def replay(
     _print(json.dumps(replayed.to_dict(), indent=2) if as_json else replayed.table(directory))
 
 
-@app.command()
+@app.command(epilog="Example: simrl validate --policy verl --policy rlhfless -o validation")
 def validate(
     policies: Annotated[
         list[str] | None, typer.Option("--policy", help="Repeatable; by default the three that ship.", metavar="NAME")
@@ -430,7 +497,7 @@ def _validate_trace(path: Path, config: Config, *, as_json: bool) -> None:
     _print(json.dumps(found, indent=2) if as_json else of_check(found))
 
 
-@app.command()
+@app.command(epilog="Example: simrl policies --check my_policy:RoundRobin")
 def policies(
     check: Annotated[str | None, typer.Option(help="Hold this policy to the contract.", metavar="NAME")] = None,
     sets: SetOption = None,
@@ -449,7 +516,7 @@ def policies(
     _print(json.dumps(rows, indent=2) if as_json else report.of_list("policies", rows))
 
 
-@app.command()
+@app.command(epilog="Example: simrl presets --json")
 def presets(as_json: JsonOption = False) -> None:
     """List the presets."""
     from simrl.experiments import catalogue, report
@@ -458,7 +525,7 @@ def presets(as_json: JsonOption = False) -> None:
     _print(json.dumps(rows, indent=2) if as_json else report.of_list("presets", rows))
 
 
-@app.command()
+@app.command(epilog="Example: simrl hardware --model qwen2.5-7b")
 def hardware(
     model: Annotated[str | None, typer.Option(help="How this model runs on each GPU.", metavar="NAME")] = None,
     config: ConfigOption = None,
@@ -479,7 +546,7 @@ def hardware(
                 _print(report.of_list(title, rows))
 
 
-@app.command()
+@app.command(epilog="Example: simrl profile --device cpu --model tiny -o profile.json")
 def profile(
     device: Annotated[str, typer.Option(help="cpu or cuda.", metavar="DEVICE")],
     model: Annotated[str, typer.Option(help="A folder in Hugging Face's format, or tiny.", metavar="FOLDER")],
@@ -498,7 +565,7 @@ def profile(
     _print(report.of_list("profile", measured.overview()))
 
 
-@app.command()
+@app.command(epilog="Example: simrl timeline runs/RUN -o timeline.json.gz")
 def timeline(
     run_directory: Annotated[Path, typer.Argument(help="Of a simulated or a real run.", metavar="RUN")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write; gzipped if *.gz.", metavar="T.json")],
@@ -512,11 +579,28 @@ def timeline(
     typer.echo(f"{output}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
+@app.command(epilog="Example: simrl report runs/A runs/B -o report.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of run, compare or a real run.", metavar="RUN...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", metavar="REPORT.html")],
+    baseline: Annotated[str | None, typer.Option(help="What the others are compared with.", metavar="NAME")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Simulate again with techniques switched, for differences by technique.")
+    ] = False,
+) -> None:
+    """Write finished runs as one HTML page that needs no network: figures, timelines, parameters, commands."""
+    from simrl.experiments.html_report import write_report
+
+    with _progress("percent", 100) if explain else contextlib.nullcontext() as progress:
+        write_report(runs, output, baseline=baseline, explain=explain, progress=progress)
+    typer.echo(f"{output}: open it in a browser")
+
+
 trace_app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(trace_app, name="trace", help="Import logs of real runs, and show what is in them.")
 
 
-@trace_app.command("import")
+@trace_app.command("import", epilog="Example: simrl trace import train.log -o run.parquet")
 def trace_import(
     files: Annotated[list[Path], typer.Argument(help="Logs of one format, or a simrl run.", metavar="FILE...")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.", metavar="T.parquet")],
@@ -546,7 +630,7 @@ def trace_import(
     _print(json.dumps(row, indent=2) if as_json else report.of_list("imported", [row]))
 
 
-@trace_app.command("info")
+@trace_app.command("info", epilog="Example: simrl trace info run.parquet -o run.png")
 def trace_info(
     trace: Annotated[Path, typer.Argument(help="Of `simrl trace import`.", metavar="T.parquet")],
     picture: Annotated[Path | None, typer.Option("--output", "-o", help="Picture to draw.", metavar="PNG")] = None,
@@ -565,7 +649,7 @@ def trace_info(
     _print(json.dumps(figures, indent=2) if as_json else of_info(figures))
 
 
-@trace_app.command("fit")
+@trace_app.command("fit", epilog="Example: simrl trace fit run.parquet -o mine.toml")
 def trace_fit(
     source: Annotated[Path, typer.Argument(help="A trace, or a CSV of lengths.", metavar="T")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Workload file to write.", metavar="WORKLOAD.toml")],
@@ -617,9 +701,9 @@ def _load_listed(from_verl: Path | None, *, show: bool, **options: Any) -> tuple
     return config, listing
 
 
-def _default_directory(config: Config) -> Path:
-    """runs/<time>-<policy>-s<seed>; an import string's colon is no good in file names."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.policy.replace(':', '.')}-s{config.seed}"
+def _default_directory(config: Config, what: str = "") -> Path:
+    """runs/<time>-<what><policy>-s<seed>; an import string's colon is no good in file names."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{what}{config.policy.replace(':', '.')}-s{config.seed}"
     directory = Path("runs") / name
     again = 2
     while directory.exists():

@@ -75,7 +75,8 @@ def test_each_run_has_the_values_of_its_point(monkeypatch: pytest.MonkeyPatch) -
     class Result:
         summary: Mapping[str, Any] = {"gpu_s_per_step": 1.0, "step_s": {"mean": 2.0}}
 
-    def note(config: Config) -> Result:
+    def note(config: Config, *, work: object) -> Result:
+        assert work is given_work
         seen.append((config.policy, config.cluster.parameters, config.seed))
         return Result()
 
@@ -83,7 +84,8 @@ def test_each_run_has_the_values_of_its_point(monkeypatch: pytest.MonkeyPatch) -
     nominal = [Result.summary] * 2
     latency = shipped_parameters()["network.latency_s"]
     config = small(**{"cluster.parameters.network.efficiency": 0.7})
-    study = study_robustness(config, ("verl", "rlhfuse"), "verl", [latency], nominal, 2)
+    given_work: Any = object()
+    study = study_robustness(config, ("verl", "rlhfuse"), "verl", [latency], nominal, 2, work=given_work)
     (first,), (second,) = sobol_points([latency], 2, seed=11).tolist()
     expected = {"network": {"efficiency": 0.7}}
     assert seen == [

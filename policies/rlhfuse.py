@@ -28,7 +28,7 @@ from simrl.policies.contract import (
     Sync,
     UnfinishedBelow,
 )
-from simrl.policies.recovery import Replacements, deal
+from simrl.policies.recovery import Replacements, deal, lost_functions, lost_responses
 from simrl.policies.tail_search import best_tail, destinations, engine_slots, largest_tail, piece_of
 from simrl.policies.verl import COLOCATED, assign_shares, chunks, start_everywhere
 
@@ -56,16 +56,17 @@ class RLHFuse:
         self.functions: tuple[str, ...] = ()
         self.tail = 0  # R_t, in responses; 0: no fusion
         self.freed: set[str] = set()  # engines that prepare while others still generate
-        self.left: list[int] = []  # unprepared, and not given to anyone in this call
+        self.left: tuple[int, ...] | None = None  # unprepared, and not given to anyone in this call; None: not asked
         self.replacements = Replacements()
 
     def decide(self, observation: Observation) -> Sequence[Decision]:
         """As `verl`, with a migration when the tail begins."""
         decisions = self.replacements.restart(observation)
-        freed_before, self.left = self.freed, list(observation.unprepared)
+        freed_before, self.left = self.freed, None
         if not self.functions:
             decisions += self.set_up(observation)
-        self.functions = self.replacements.present()
+        if decisions or lost_functions(observation):
+            self.functions = self.replacements.present()
         for event in observation.events:
             match event:
                 case StepStarted(prompts=prompts):
@@ -84,6 +85,8 @@ class RLHFuse:
 
     def reassign(self, observation: Observation) -> list[Decision]:
         """Lost responses to engines that generate, or else to all."""
+        if not lost_responses(observation):
+            return []
         generating = [name for name in self.functions if name not in self.freed]
         some = any(self.replacements.is_at_work(observation, name) for name in generating)
         return self.replacements.reassign(observation, generating if some else self.functions)
@@ -130,14 +133,20 @@ class RLHFuse:
         piece = piece_of(observation.job.responses_per_step, len(self.functions))
         decisions: list[Decision] = []
         for function in functions:
-            taken, self.left = self.left[:piece], self.left[piece:]
+            taken = self.take(observation, piece)
             if taken:
-                decisions.append(Prepare((function,), tuple(taken)))
+                decisions.append(Prepare((function,), taken))
         return decisions
+
+    def take(self, observation: Observation, count: int | None = None) -> tuple[int, ...]:
+        """The first *count* of what is finished and not given to anyone, or all of it."""
+        left = observation.unprepared if self.left is None else self.left
+        taken, self.left = left[:count], left[len(left[:count]) :]
+        return taken
 
     def prepare_rest(self, observation: Observation) -> list[Decision]:
         """Generation is over: everyone prepares what is left."""
         self.freed = set()
-        rest, self.left = self.left, []
+        rest = self.take(observation)
         able = self.replacements.at_work(observation, self.functions)
-        return [Prepare(able, tuple(rest))] if rest else []
+        return [Prepare(able, rest)] if rest else []

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import simpy
 
 SAME_MOMENT = 1e-12  # relative; completions that only rounding keeps apart are one
+SAME_RATE = 1e-9  # relative; rates are fair if no more than rounding is missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,19 @@ class Load:
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """One direction of a wire, or of all wires of a function's GPUs together."""
+    """One direction of a wire, or of all wires of a function's GPUs together.
+
+    Attributes:
+        bytes_per_s: What it can do.
+        bundles: All that go over it.
+        holds_up: Those whose bottleneck it is.
+        used_bytes_per_s: By all of them.
+    """
 
     bytes_per_s: float
     bundles: dict[Bundle, None] = field(default_factory=dict)
+    holds_up: dict[Bundle, None] = field(default_factory=dict)
+    used_bytes_per_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +70,7 @@ class Bundle:
         rate: Bytes a second of each flow from then on.
         ends: A heap: `moved_bytes` when a flow is over, its number, the event that fires then.
         finish_s: When the next one is over if nothing changes.
+        bottleneck: The full link on which none is faster; None before the first rate.
     """
 
     links: Mapping[Link, float]
@@ -68,12 +79,27 @@ class Bundle:
     rate: float = 0.0
     ends: list[tuple[float, int, simpy.Event]] = field(default_factory=list)
     finish_s: float = math.inf
+    bottleneck: Link | None = None
 
     def pace(self, rate: float, now_s: float) -> None:
         """Go on at another rate."""
+        self.use((rate - self.rate) * len(self.ends))
         self.moved_bytes += self.rate * (now_s - self.since_s)
         self.since_s, self.rate = now_s, rate
         self.look_ahead()
+
+    def use(self, bytes_per_s: float) -> None:
+        """Take so much more of the links, or less."""
+        for link, share in self.links.items():
+            link.used_bytes_per_s += bytes_per_s * share
+
+    def held_up_by(self, link: Link | None) -> None:
+        """Have another bottleneck, or none."""
+        if self.bottleneck is not None:
+            del self.bottleneck.holds_up[self]
+        if link is not None:
+            link.holds_up[self] = None
+        self.bottleneck = link
 
     def look_ahead(self) -> None:
         """Reckon when the next flow is over."""
@@ -109,7 +135,8 @@ class NodeLinks:
 class Network:
     """A cluster's links, and the flows over them.
 
-    Rates change when a flow begins or ends, and only those of flows that share links with it, be it through others.
+    When a flow begins or ends, rates are shared out anew among those that its links hold up, and then, until rates are
+    fair again, among those too beside whom they are not.
 
     Args:
         env: The clock.
@@ -173,13 +200,17 @@ class Network:
 
     def _end(self, bundle: Bundle) -> None:
         heapq.heappop(bundle.ends)[2].succeed()
+        bundle.use(-bundle.rate)
         bundle.look_ahead()
         if bundle.ends:
             self._await(bundle)
         else:
             del self._bundles[tuple(bundle.links.items())]
+            bundle.held_up_by(None)
             for link in bundle.links:
                 del link.bundles[bundle]
+                if not link.bundles:
+                    link.used_bytes_per_s = 0.0  # what rounding left is forgotten
         self._change(bundle.links)
 
     def _await(self, bundle: Bundle) -> None:
@@ -193,8 +224,15 @@ class Network:
 
     def _share_out(self) -> None:
         now_s = self.env.now
-        bundles, self._changed = _connected(self._changed), {}
-        for bundle, rate in fair_rates(bundles).items():
+        changed, self._changed = self._changed, {}
+        rates: dict[Bundle, float] = {}
+        more = [
+            b for link in reversed(changed) for b in link.bundles if b.bottleneck is None or b.bottleneck in changed
+        ]
+        while more:
+            rates = fair_rates((*rates, *more))
+            more = _unfair_beside(rates)
+        for bundle, rate in rates.items():
             if rate != bundle.rate:
                 bundle.pace(rate, now_s)
                 self._await(bundle)
@@ -223,25 +261,39 @@ def _then(event: simpy.Event, act: Callable[[], None]) -> None:
     event.callbacks.append(lambda _: act())
 
 
-def _connected(links: Iterable[Link]) -> list[Bundle]:
-    """Flows over *links*, over the links of those flows, and so on."""
-    seen, bundles = dict.fromkeys(links), dict[Bundle, None]()
-    waiting = list(seen)
-    while waiting:
-        for bundle in waiting.pop().bundles:
-            if bundle not in bundles:
-                bundles[bundle] = None
-                for link in bundle.links:
-                    if link not in seen:
-                        seen[link] = None
-                        waiting.append(link)
-    return list(bundles)
+def _unfair_beside(rates: Mapping[Bundle, float]) -> list[Bundle]:
+    """Flows without new rates that are too fast or too slow beside those with.
+
+    Rates are max-min fair if each flow has a bottleneck, a full link on which none is faster (Bertsekas and Gallager,
+    Data Networks, section 6.5.2). Links that no flow with a new rate goes over are as they were.
+    """
+    found: dict[Bundle, None] = {}
+    for link in dict.fromkeys(link for bundle in rates for link in bundle.links if link.holds_up):
+        held_up, fastest, spare = math.inf, 0.0, link.bytes_per_s
+        others = []
+        for bundle in link.bundles:
+            rate = rates.get(bundle)
+            if rate is None:
+                others.append(bundle)
+                rate = bundle.rate
+            else:
+                fastest = max(fastest, rate)
+                if bundle.bottleneck is link:
+                    held_up = rate
+            spare -= rate * bundle.links[link] * len(bundle.ends)
+        loose = spare > SAME_RATE * link.bytes_per_s
+        for bundle in others:
+            too_slow = bundle.bottleneck is link and (loose or fastest > bundle.rate * (1 + SAME_RATE))
+            if too_slow or bundle.rate > held_up * (1 + SAME_RATE):
+                found[bundle] = None
+    return list(found)
 
 
 def fair_rates(bundles: Iterable[Bundle]) -> dict[Bundle, float]:
     """Max-min fair rates by progressive filling: all grow alike until a link is full, whose flows then stay.
 
-    *bundles* are all that go over any of their links. Bertsekas and Gallager, Data Networks, section 6.5.2.
+    Other flows over their links keep their rates. Each bundle's `bottleneck` is set. Bertsekas and Gallager, Data
+    Networks, section 6.5.2.
     """
     growing = dict.fromkeys(bundles)
     # Of each link: capacity that flows with a rate leave, bytes for one byte of every growing flow, growing bundles.
@@ -251,15 +303,17 @@ def fair_rates(bundles: Iterable[Bundle]) -> dict[Bundle, float]:
         for link, share in bundle.links.items():
             used = usage.get(link)
             if used is None:
-                usage[link] = used = [link.bytes_per_s, 0.0, 0]
+                usage[link] = used = [link.bytes_per_s - link.used_bytes_per_s, 0.0, 0]
+            used[0] += share * flows * bundle.rate
             used[1] += share * flows
             used[2] += 1
     rates: dict[Bundle, float] = {}
     while growing:
         full, (free, wanted, _) = min(usage.items(), key=lambda item: item[1][0] / item[1][1])
-        level = free / wanted
+        level = max(free / wanted, 0.0)
         for bundle in [bundle for bundle in full.bundles if bundle in growing]:
             rates[bundle] = level
+            bundle.held_up_by(full)
             del growing[bundle]
             flows = len(bundle.ends)
             for link, share in bundle.links.items():

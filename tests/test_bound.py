@@ -40,52 +40,100 @@ from simrl.traces.parameters import Parameters
 from simrl.traces.roofline import load_roofline
 
 PROMPT = 20
-SIZES = (1, 2, 4, 8)
+SIZES = range(1, 9)
 Point = tuple[float, float]  # seconds, GPU-seconds
+Phases = list[tuple[int, tuple[int, list[Point]]]]  # unfinished responses, iterations, the ways to do them
+
+
+@dataclasses.dataclass
+class Early:
+    """Preparation of all but the *late* longest responses before generation is over, in one task.
+
+    In *static* it follows on the GPUs of those engines, which have to be done *sooner_s* before the others.
+    """
+
+    late: int
+    sooner_s: float
+    phases: Phases
+    rest_of_cut: list[Point]
+    rest_of_static: list[Point]
 
 
 class BruteForce:
     """Schedules of a step without weight sync, by enumeration; each is one that a policy could make.
 
-    Generation is the cheapest of two families. *Static*: every partition of the responses into engines of 1, 2, 4 or 8
+    Generation is the cheapest of two families. *Static*: every partition of the responses into engines of 1 to 8
     GPUs, each timed by the simulator's engine, longest first. *Cut*: all unfinished responses go on at the same mean
     pace, in any partition, or (between completions that are 8 tokens apart or more) taking turns in any set of engines
     that never wait. Both may change when a response finishes, and at one token between; migration is free and takes no
-    time. Then preparation on 1 to n functions of one GPU, then learning on any number of GPUs.
+    time. Then preparation on 1 to n functions of one GPU, then learning on any number of GPUs. The shorter responses
+    may be prepared before that, in one task: in *cut* on a GPU that generation does without from when they are done.
     """
 
     def __init__(self, costs: Costs, lengths: Sequence[int]) -> None:
         self.costs, self.lengths = costs, sorted(lengths, reverse=True)
         self.gpus = costs.node.gpus * costs.nodes
         self.sizes = [g for g in SIZES if g <= self.gpus and _fits(costs, g, "decode")]
-        tokens = [PROMPT + n for n in lengths]
-        shares = [[tokens[i::h] for i in range(h)] for h in range(1, min(len(tokens), self.gpus) + 1)]
-        prepare = [[costs.learning.prepare_s(share, 1, loaded=True) for share in part] for part in shares]
+        tokens = [PROMPT + n for n in self.lengths]
         learn = {
             n: costs.learning.learn_s(tokens, n, math.ceil(n / costs.node.gpus))
             for n in range(1, self.gpus + 1)
             if _fits(costs, n, "learn")
         }
-        rest = sorted((max(p) + s, sum(p) + n * s) for p in prepare for n, s in learn.items())
-        self.rest = [point for i, point in enumerate(rest) if all(point[1] < faster[1] for faster in rest[:i])]
-        self.phases = self._phases()
+        self.learn = list(learn.items())
+        self.phases = self._phases(len(tokens))
+        self.rest = self._rest(self._prepare(tokens, self.gpus))
+        some = [n for n in range(1, len(tokens)) if self.gpus > 1 and self.lengths[n] < self.lengths[n - 1]]
+        self.early = [self._early(tokens, late) for late in some]
         self.engine = functools.cache(self._engine)
+
+    def _prepare(self, tokens: list[int], most: int) -> list[list[float]]:
+        """Seconds of each task, on 1 to *most* functions."""
+        shares = [[tokens[i::h] for i in range(h)] for h in range(1, min(len(tokens), most) + 1)]
+        return [[self.costs.learning.prepare_s(share, 1, loaded=True) for share in part] for part in shares]
+
+    def _rest(self, prepare: list[list[float]], before_gpu_s: float = 0.0) -> list[Point]:
+        """Seconds after generation, and GPU-seconds: what is not beaten in both."""
+        rest = sorted((max(p) + s, before_gpu_s + sum(p) + n * s) for p in prepare for n, s in self.learn)
+        return [point for i, point in enumerate(rest) if all(point[1] < faster[1] for faster in rest[:i])]
+
+    def _early(self, tokens: list[int], late: int) -> Early:
+        """What there is to do if only the *late* longest are prepared after generation."""
+        phases = self._phases(late)
+        after_s = sum(options[-1][0] for active, (_, options) in phases if active <= late)
+        early_s = self.costs.learning.prepare_s(tokens[late:], 1, loaded=True)
+        prepare = self._prepare(tokens[:late], self.gpus - 1)
+        in_time = [p for p in prepare if early_s <= after_s + max(p)]
+        late_s = max(prepare[-1])
+        return Early(late, early_s - late_s, phases, self._rest(in_time, early_s), self._rest(prepare, early_s))
 
     def gpu_s(self, step_s: float) -> float:
         """The least GPU-seconds in *step_s*."""
-        return min(self.generation_gpu_s(step_s - rest_s) + gpu_s for rest_s, gpu_s in self.rest)
+        plain = min(self.generation_gpu_s(step_s - rest_s) + gpu_s for rest_s, gpu_s in self.rest)
+        return min(plain, min((self._early_gpu_s(step_s, early) for early in self.early), default=math.inf))
+
+    def _early_gpu_s(self, step_s: float, early: Early) -> float:
+        cut = (self.cut(step_s - rest_s, early.phases) + gpu_s for rest_s, gpu_s in early.rest_of_cut)
+        static = (
+            self.static(self.lengths[: early.late], step_s - rest_s, gpus)
+            + self.static(self.lengths[early.late :], step_s - rest_s - early.sooner_s, self.gpus - gpus)
+            + gpu_s
+            for rest_s, gpu_s in early.rest_of_static
+            for gpus in range(1, self.gpus)
+        )
+        return min(*cut, *static, math.inf, math.inf)
 
     def step_s(self) -> float:
         """The least step time."""
         return self.least_generation_s() + min(rest_s for rest_s, _ in self.rest)
 
     def generation_gpu_s(self, limit_s: float) -> float:
-        return min(self.static(limit_s), self.cut(limit_s))
+        return min(self.static(self.lengths, limit_s, self.gpus), self.cut(limit_s, self.phases))
 
     def least_generation_s(self) -> float:
         times = sorted({self.engine(block, g) for block in self._blocks() for g in self.sizes})
-        static_s = next((t for t in times if self.static(t) < math.inf), math.inf)
-        return min(static_s, sum(options[-1][0] for _, options in self.phases))
+        static_s = next((t for t in times if self.static(self.lengths, t, self.gpus) < math.inf), math.inf)
+        return min(static_s, sum(options[-1][0] for _, (_, options) in self.phases))
 
     def _blocks(self) -> set[tuple[int, ...]]:
         return {b for n in range(1, len(self.lengths) + 1) for b in itertools.combinations(self.lengths, n)}
@@ -103,7 +151,7 @@ class BruteForce:
             engine.advance(span.iterations)
         return seconds
 
-    def static(self, limit_s: float) -> float:
+    def static(self, lengths: list[int], limit_s: float, most: int) -> float:
         @functools.cache
         def least(left: tuple[int, ...], gpus: int) -> float:
             if not left:
@@ -120,17 +168,22 @@ class BruteForce:
                             found = min(found, g * seconds + least(tuple(rest), gpus - g))
             return found
 
-        return least(tuple(self.lengths), self.gpus)
+        return least(tuple(lengths), most)
 
-    def _phases(self) -> list[tuple[int, list[Point]]]:
-        """Iterations between completions, and the ways to do them."""
-        found = [(1, self._options(len(self.lengths), self._prefill, rotate=False))]
+    def _phases(self, late: int) -> Phases:
+        """Unfinished responses, iterations between completions, and the ways to do them.
+
+        With no more than *late* unfinished a GPU is left to preparation, but if these are all.
+        """
+        everyone = len(self.lengths)
+        found = [(everyone, (1, self._options(everyone, self.gpus, self._prefill, rotate=False)))]
         done = 1
         for active in range(len(self.lengths), 0, -1):
             end = self.lengths[active - 1]
             if end > done:
                 span = functools.partial(self._decode, context=PROMPT + done, iterations=end - done)
-                found.append((end - done, self._options(active, span, rotate=end - done >= 8)))
+                gpus = self.gpus - (active <= late < everyone)
+                found.append((active, (end - done, self._options(active, gpus, span, rotate=end - done >= 8))))
                 done = end
         return found
 
@@ -140,13 +193,17 @@ class BruteForce:
     def _decode(self, batch: int, gpus: int, *, context: int, iterations: int) -> float:
         return self.costs.times(gpus).decode_span_s(batch, context, iterations)
 
-    def _options(self, active: int, seconds: Callable[[int, int], float], *, rotate: bool) -> list[Point]:
+    def _options(self, active: int, gpus: int, seconds: Callable[[int, int], float], *, rotate: bool) -> list[Point]:
         """The lower hull of (seconds, GPU-seconds), cheapest first."""
         most = min(active, self.costs.max_num_seqs)
-        times = {(b, g): seconds(b, g) for b in range(1, most + 1) for g in self.sizes if g <= self.gpus}
-        points = [(t, self._at_one_pace(active, times, t)) for t in set(times.values())]
+        times = {(b, g): seconds(b, g) for b in range(1, most + 1) for g in self.sizes if g <= gpus}
+        points = [(t, self._at_one_pace(active, gpus, times, t)) for t in set(times.values())]
+        full, rest = divmod(active, most)
+        for g in (g for b, g in times if b == 1):  # batch after batch
+            t = full * times[most, g] + (times[rest, g] if rest else 0.0)
+            points.append((t, g * t))
         if rotate:
-            points += self._rotating(active, times)
+            points += self._rotating(active, gpus, times)
         hull: list[Point] = []
         for point in sorted((p for p in points if p[1] < math.inf), key=lambda p: (p[1], p[0])):
             if hull and point[0] >= hull[-1][0]:
@@ -156,29 +213,29 @@ class BruteForce:
             hull.append(point)
         return hull
 
-    def _at_one_pace(self, active: int, times: dict[tuple[int, int], float], limit_s: float) -> float:
+    def _at_one_pace(self, active: int, gpus: int, times: dict[tuple[int, int], float], limit_s: float) -> float:
         """All go on side by side, each engine within *limit_s*: least GPU-seconds, by batches and GPUs."""
-        best = np.full((active + 1, self.gpus + 1), math.inf)
+        best = np.full((active + 1, gpus + 1), math.inf)
         best[0] = 0.0
         for m in range(1, active + 1):
             for (b, g), t in times.items():
                 if b <= m and t <= limit_s:
-                    best[m, g:] = np.minimum(best[m, g:], g * t + best[m - b, : self.gpus + 1 - g])
-        return float(best[active, self.gpus])
+                    best[m, g:] = np.minimum(best[m, g:], g * t + best[m - b, : gpus + 1 - g])
+        return float(best[active, gpus])
 
-    def _rotating(self, active: int, times: dict[tuple[int, int], float]) -> list[Point]:
+    def _rotating(self, active: int, most: int, times: dict[tuple[int, int], float]) -> list[Point]:
         """Engines never wait, responses take turns on them and in waiting: most tokens a second by number of GPUs."""
-        rate = np.zeros((active + 1, self.gpus + 1))
-        for m, gpus in itertools.product(range(1, active + 1), range(1, self.gpus + 1)):
+        rate = np.zeros((active + 1, most + 1))
+        for m, gpus in itertools.product(range(1, active + 1), range(1, most + 1)):
             rate[m, gpus] = max(
                 (b / t + rate[m - b, gpus - g] for (b, g), t in times.items() if b <= m and g <= gpus), default=0.0
             )
         return [(active / r, g * active / r) for g, r in enumerate(rate[active]) if r > 0]
 
-    def cut(self, limit_s: float) -> float:
-        gpu_s = sum(options[0][1] for _, options in self.phases)
-        over_s = sum(options[0][0] for _, options in self.phases) - limit_s
-        moves = [(_slope(a, b), n, a, b) for n, options in self.phases for a, b in itertools.pairwise(options)]
+    def cut(self, limit_s: float, phases: Phases) -> float:
+        gpu_s = sum(options[0][1] for _, (_, options) in phases)
+        over_s = sum(options[0][0] for _, (_, options) in phases) - limit_s
+        moves = [(_slope(a, b), n, a, b) for _, (n, options) in phases for a, b in itertools.pairwise(options)]
         for _, n, a, b in sorted(moves):
             if over_s <= 0:
                 return gpu_s
@@ -232,20 +289,37 @@ MACHINES = {
     "eager": {"preset": "vllm-0.8-eager"},
     "one GPU": {"gpus": 1},
     "three slots": {"max_num_seqs": 3},
+    "one GPU, three slots": {"gpus": 1, "max_num_seqs": 3},
 }
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_bound_is_below_brute_force_and_within_ten_percent_of_it(shape, machine):
+def test_the_bound_is_below_brute_force_and_near_it(shape, machine):
     least, brute = small_case(SHAPES[shape], **MACHINES[machine])
     fastest_s = brute.step_s()
-    assert least.step_s <= fastest_s <= 1.1 * least.step_s
+    assert least.step_s <= fastest_s <= (1.05 if machine == "one GPU, three slots" else 1.01) * least.step_s
+    near = {1: 1.5, 1.05: 1.17, 1.15: 1.12} if machine == "three slots" else {1: 1.5, 1.05: 1.05}
     for stretch in (1, 1.05, 1.15, 1.3, 2, math.inf):
-        assert least.within(stretch * fastest_s).gpu_s <= brute.gpu_s(stretch * fastest_s * (1 + 1e-9))
+        most = brute.gpu_s(stretch * fastest_s * (1 + 1e-9))
+        assert least.within(stretch * fastest_s).gpu_s <= most
+        assert most <= near.get(stretch, 1.05) * least.within(stretch * fastest_s).gpu_s
         # From any point of the bound's curve a schedule is no farther than a tenth in both directions.
         assert brute.gpu_s(1.1 * stretch * least.step_s) <= 1.1 * least.within(stretch * least.step_s).gpu_s
     assert brute.gpu_s(math.inf) <= 1.1 * least.within(math.inf).gpu_s
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(2, 40), min_size=1, max_size=6),
+    st.sampled_from(sorted(MACHINES)),
+    st.floats(1, 1.2),
+)
+def test_no_schedule_of_brute_force_is_below_the_bound(lengths, machine, stretch):
+    least, brute = small_case(lengths, **MACHINES[machine])
+    limit_s = stretch * brute.step_s()
+    assert least.step_s <= brute.step_s()
+    assert least.within(limit_s).gpu_s <= brute.gpu_s(limit_s * (1 + 1e-9))
 
 
 def test_a_simulated_policy_does_what_brute_force_counts():
@@ -370,6 +444,13 @@ def test_no_iteration_is_faster_than_the_least(batch, first, prefill, context, a
     decode_s, prefill_s = engine.least_s(read_gpu_s)
     reads_s = read_gpu_s * batch * context / gpus
     assert times.decode_s(batch, context) >= (decode_s[batch - 1] + reads_s) * (1 - 1e-9)
+    wall_s, wall_with_s = (least[batch - 1] for least in engine.least_wall_s(read_gpu_s))
+    for mean in (context, (5000 + (batch - 1) * 21) / batch):
+        own_s = read_gpu_s * min(batch * mean - (batch - 1) * 21, 5000)  # of the longest that may be among the shortest
+        assert times.decode_s(batch, mean) >= wall_s + own_s - 1e-12
+        assert not prefill or times.iteration_s(prefill, attended, batch, mean) >= wall_with_s + own_s - 1e-12
+    if prefill:
+        assert times.prefill_s(prefill, attended) >= engine.first_s(np.array([float(prefill)]))[0] * (1 - 1e-9)
     if first:  # each has a token of prefill at least
         seconds = times.iteration_s(first + prefill, attended, batch, context)
         assert seconds >= (prefill_s[batch + first - 1] + reads_s) * (1 - 1e-9)

@@ -15,6 +15,7 @@ from conformance import (
     check_job,
     check_life,
     check_loss,
+    check_overlap,
     check_reset,
     check_stale,
     check_staleness,
@@ -127,7 +128,7 @@ def check_refused(make: Make) -> None:
 Check = Callable[[Make], object]
 ON_ANY_CLOCK: tuple[Check, ...] = (check_reset, check_expiry, check_life, check_job, check_refused, check_starved_soon)
 ON_CLOCKS_OF_THEIR_OWN: tuple[Check, ...] = (
-    check_reset, check_expiry, check_life, check_job, check_refused, check_starved, check_stale, check_staleness,
+    check_reset, check_expiry, check_life, check_overlap, check_refused, check_starved, check_stale, check_staleness,
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ from simrl.policies.contract import (
 from simrl.policies.runtime.function import ClusterFunction, Gang
 from simrl.policies.runtime.leases import GpuPool
 from simrl.policies.runtime.rollout import Rollout
-from simrl.policies.runtime.steps import StepState, StepWork, balanced_shares, columns_of
+from simrl.policies.runtime.steps import Ids, StepState, StepWork, balanced_shares, columns_of
 from simrl.policies.runtime.triggers import Triggers, trigger_problem
 from simrl.policies.runtime.view import View
 from simrl.traces.job import Engine, Job
@@ -139,7 +139,7 @@ class ClusterBackend(ABC):
         self.history: list[FinishedStep] = []
         self.version = 0
         self.unassigned: dict[int, None] = {}
-        self.unprepared: dict[int, None] = {}
+        self.unprepared = Ids()
         self.triggers = Triggers(self.env)
         self._planned: dict[str, str] = {}  # awake | parked | gone, once queued tasks are done
         self._parked_bytes: dict[str, float] = {}  # in host memory
@@ -185,6 +185,7 @@ class ClusterBackend(ABC):
 
     def _observe(self) -> View:
         self._view = View(self, self.triggers.take_events())
+        self.catch_up()
         self._asked_wall_s = time.perf_counter()
         return self._view
 
@@ -258,6 +259,8 @@ class ClusterBackend(ABC):
             rollouts += self.new_rollouts(step, prompts[-1], lengths)
         total = len(rollouts)
         state = StepState(step, work, tuple(prompts), rollouts, self.env.now, total, total)
+        if not self.steps and not self._finished_responses:
+            self._first_context = sum(work.prompt_tokens) / len(prompts) + self.job.max_response_tokens / 8
         self.steps[step] = state
         self.rollouts.update(zip(range(first_id, first_id + total), rollouts, strict=True))
         self.unassigned.update(dict.fromkeys(range(first_id, first_id + total)))
@@ -330,8 +333,8 @@ class ClusterBackend(ABC):
             assert rollout.finished_s is None, "a response finished twice"
             rollout.finished_s = time_s
             del function.unfinished[rollout.response_id]
-            self.unprepared[rollout.response_id] = None
             counts[rollout.step] = counts.get(rollout.step, 0) + 1
+        self.unprepared.add([rollout.response_id for rollout in rollouts])
         touched = []
         for step, count in counts.items():
             function.unfinished_by_step[step] -= count
@@ -489,7 +492,7 @@ class ClusterBackend(ABC):
 
     def _lose_preparation(self, function: ClusterFunction) -> None:
         """What it was to prepare is unprepared again."""
-        self.unprepared.update(dict.fromkeys(function.preparing))
+        self.unprepared.add(function.preparing)
         for step in sorted({rollout.step for rollout in function.preparing.values()}):
             if not self.steps[step].unfinished:
                 self.triggers.stage_finished_again("generation", step)
@@ -545,8 +548,7 @@ class ClusterBackend(ABC):
         """Mean tokens of a response in mid-generation: as observed, and from the cap before the first step is over."""
         if self._finished_responses:
             return self._finished_context / self._finished_responses
-        prompts = next(iter(self.steps.values())).prompts
-        return sum(prompt.tokens for prompt in prompts) / len(prompts) + self.job.max_response_tokens / 8
+        return self._first_context
 
     def holder(self, rollout: Rollout) -> ClusterFunction:
         """Whose engine an assigned response is in or under way to: until it has left, not the one it is to move to."""
@@ -725,8 +727,7 @@ class ClusterBackend(ABC):
         self.catch_up()
         unprepared = self.unprepared.__contains__
         rollouts = self._responses(decision, decision.responses, unprepared, "unfinished or being prepared already")
-        for response_id in decision.responses:
-            del self.unprepared[response_id]
+        self.unprepared.remove(decision.responses)
         for function, share in zip(functions, balanced_shares(rollouts, [f.gpus for f in functions]), strict=True):
             if share:
                 function.preparing.update((rollout.response_id, rollout) for rollout in share)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from simrl.policies.contract import Prompt, Stage, Trigger
 from simrl.policies.runtime.rollout import Rollout
 
 Card = TypeVar("Card")
+FEW = 16  # ids that are put in order one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,46 @@ class StepState:
     learning: bool = False
     spans: dict[Stage, tuple[float, float]] = field(default_factory=dict)
     fired: set[Trigger] = field(default_factory=set)
+
+
+class Ids:
+    """Ids that are looked at in ascending order again and again, with few changes between."""
+
+    def __init__(self) -> None:
+        self._there: set[int] = set()
+        self._in_order: list[int] = []  # without the newest
+        self._newest: list[int] = []
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._there
+
+    def add(self, numbers: Collection[int]) -> None:
+        """Put some in that are not there."""
+        self._there.update(numbers)
+        self._newest += numbers
+
+    def remove(self, numbers: Collection[int]) -> None:
+        """Take some out that are there."""
+        in_order = self._sorted()
+        self._there.difference_update(numbers)
+        if len(numbers) <= FEW:
+            for number in numbers:
+                del in_order[bisect_left(in_order, number)]
+        else:
+            self._in_order = list(filter(self._there.__contains__, in_order))
+
+    def in_order(self) -> tuple[int, ...]:
+        """All of them."""
+        return tuple(self._sorted())
+
+    def _sorted(self) -> list[int]:
+        if len(self._newest) <= FEW:
+            for number in self._newest:
+                insort(self._in_order, number)
+        else:
+            self._in_order = sorted(self._there)
+        self._newest.clear()
+        return self._in_order
 
 
 def columns_of(state: StepState, responses_per_prompt: int) -> dict[str, Any]:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class View:
-    """The `Observation` of a cluster: looks things up when asked, and expires with the next `advance`."""
+    """The `Observation` of a cluster: looks things up when asked, and expires with the next `advance`.
+
+    The cluster's books are up to date when it is made.
+    """
 
     __slots__ = ("_backend", "_events", "_valid")
 
@@ -85,9 +88,7 @@ class View:
     @property
     def unprepared(self) -> tuple[int, ...]:
         """Finished responses that nobody has been asked to prepare, by id."""
-        backend = self._now()
-        backend.catch_up()
-        return tuple(sorted(backend.unprepared))
+        return self._now().unprepared.in_order()
 
     @property
     def history(self) -> Sequence[FinishedStep]:
@@ -101,9 +102,7 @@ class View:
 
     def unfinished(self, function: str) -> tuple[int, ...]:
         """Responses that *function* still has to finish."""
-        there = self._now().functions[function]
-        there.catch_up()
-        return tuple(there.unfinished)
+        return tuple(self._now().functions[function].unfinished)
 
     def response(self, response_id: int) -> Response:
         """What has been seen of a response of an open step."""
@@ -112,9 +111,7 @@ class View:
         row, sample = divmod(response_id % backend.job.responses_per_step, backend.job.responses_per_prompt)
         generated = rollout.generated
         if rollout.serving is not None:
-            holder = backend.holder(rollout)
-            holder.catch_up()
-            generated = holder.generated(rollout)
+            generated = backend.holder(rollout).generated(rollout)
         return Response(
             response_id=response_id,
             step=rollout.step,
@@ -129,10 +126,14 @@ class View:
     def function(self, name: str) -> Function:
         """Describe one function."""
         backend = self._now()
-        function = backend.functions[name]
-        if function.state is State.GONE:
+        if not self.is_there(name):
             raise KeyError(name)
-        return _describe(backend, function)
+        return _describe(backend, backend.functions[name])
+
+    def is_there(self, name: object) -> bool:
+        """Whether there is a function of that name that is not gone."""
+        function = self._now().functions.get(name)  # type: ignore[call-overload]
+        return function is not None and function.state is not State.GONE
 
     def names(self) -> list[str]:
         """Functions that are not gone, in the order of their starts."""
@@ -148,6 +149,9 @@ class Functions(Mapping[str, Function]):
     def __getitem__(self, name: str) -> Function:
         return self._view.function(name)
 
+    def __contains__(self, name: object) -> bool:
+        return self._view.is_there(name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._view.names())
 
@@ -156,7 +160,6 @@ class Functions(Mapping[str, Function]):
 
 
 def _describe(backend: ClusterBackend, function: ClusterFunction) -> Function:
-    function.catch_up()
     unfinished = len(function.unfinished)
     return Function(
         name=function.name,

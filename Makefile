@@ -47,7 +47,7 @@ docs: $(VENV)/dev.done  ## build the site in build/docs; warnings, broken links 
 
 unit: $(VENV)/dev.done $(VENV)/real.done
 	$(BIN)/python -m pytest -n auto --ignore-glob='tests/test_real_*.py'
-	$(BIN)/python -m pytest tests/test_real_*.py  # one after the other: engines share the cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_real_*.py  # engines take turns: one file leaves cores idle
 
 fuzz: $(VENV)/dev.done $(VENV)/real.done  ## the unit tests with new random examples, and more of them
 	$(BIN)/python -m pytest -n auto --hypothesis-profile=fuzz --ignore-glob='tests/test_real_*.py'

@@ -12,24 +12,24 @@ import os
 import time
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack, suppress
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simrl.experiments import toml_text
-from simrl.experiments.config import Config, ConfigError, Given, Layer, config_toml, resolve
+from simrl.experiments import plots, toml_text
+from simrl.experiments.config import Config, ConfigError, config_toml
 from simrl.experiments.pool import start_worker
-from simrl.experiments.run import RunDirectoryError, check_directory, write_directory
+from simrl.experiments.run import RunDirectoryError, write_directory
 from simrl.experiments.statistics import compare_paired
-from simrl.experiments.sweep import Axis, key_of
+from simrl.experiments.sweep import Axis, design_sweep, key_of
 from simrl.experiments.sweep_engines import Outcome, code_version, run_cell
 from simrl.experiments.tune_report import MIN_FOR_IMPORTANCE, UNITS, write_outputs, write_text
 from simrl.policies.registry import load_policy_class, params_class
@@ -40,7 +40,6 @@ from simrl.traces.streams import stream
 if TYPE_CHECKING:
     import optuna
     import pandas as pd
-    from pydantic.fields import FieldInfo
 
 OBJECTIVES = {"time": ("step_s",), "cost": ("gpu_s_per_step",), "pareto": ("step_s", "gpu_s_per_step")}
 """Figures that are made small: seconds and GPU-seconds a step."""
@@ -64,13 +63,7 @@ INWARD = 1e-3  # of a range: how far from an end that does not belong to it the 
 
 @dataclass(frozen=True, slots=True)
 class Dimension:
-    """A searched parameter.
-
-    Attributes:
-        axis: Its path, and its values or ends.
-        source: Where these come from.
-        optional: Whether it may be left out as well, which is its default.
-    """
+    """A searched parameter, where its values or ends come from, and whether it may be left out, as it is by default."""
 
     axis: Axis
     source: str
@@ -78,131 +71,90 @@ class Dimension:
 
     def suggest(self, trial: optuna.Trial) -> Any:
         """A value; None leaves the parameter out."""
-        path, ends = self.axis.path, self.axis.ends
+        path, choices = self.axis.path, self._choices()
         if self.optional and not trial.suggest_categorical(f"{path} given", (False, True)):
             return None
-        if ends is not None:
-            low, high = ends
-            if isinstance(low, int) and isinstance(high, int):
-                return trial.suggest_int(path, low, high)
-            return trial.suggest_float(path, low, high)
-        choices = self._choices()
+        if self.axis.ends is not None:
+            suggest: Any = trial.suggest_int if self._whole() else trial.suggest_float
+            return suggest(path, *self.axis.ends)
         if 0 in choices:
             return choices[trial.suggest_int(path, 0, len(choices) - 1)]
         return choices[trial.suggest_categorical(path, list(choices))]
 
     def enqueued(self, value: Any) -> dict[str, Any] | None:
         """What makes optuna suggest *value*; None if it is not in the space."""
-        path = self.axis.path
+        path, ends = self.axis.path, self.axis.ends
+        given = {f"{path} given": value is not None} if self.optional else {}
         if value is None:
-            return {f"{path} given": False} if self.optional else None
-        given: dict[str, Any] = {f"{path} given": True} if self.optional else {}
-        if self.axis.ends is None:
-            key = next((key for key, choice in self._choices().items() if choice == value), None)
-            return None if key is None else {**given, path: key}
-        low, high = self.axis.ends
-        inside = isinstance(value, (int, float)) and low <= value <= high
-        whole = isinstance(low, int) and isinstance(high, int)
-        return {**given, path: value} if inside and (not whole or value == int(value)) else None
+            return given or None
+        if ends is None:
+            return next(({**given, path: key} for key, choice in self._choices().items() if choice == value), None)
+        inside = isinstance(value, (int, float)) and ends[0] <= value <= ends[1]
+        return {**given, path: value} if inside and (not self._whole() or value == int(value)) else None
+
+    def _whole(self) -> bool:
+        return self.axis.ends is not None and all(isinstance(end, int) for end in self.axis.ends)
 
     def _choices(self) -> dict[Any, Any]:
         """Values by what optuna sees: the place of numbers, so that their order is known; else their JSON text."""
-        if all(type(value) in (int, float) for value in self.axis.values):
-            return dict(enumerate(self.axis.values))
-        return {json.dumps(value, default=str): value for value in self.axis.values}
+        numbers = all(type(value) in (int, float) for value in self.axis.values)
+        return dict(enumerate(self.axis.values)) if numbers else {_shown(value): value for value in self.axis.values}
 
     def __str__(self) -> str:
-        if self.axis.ends is None:
-            text = ", ".join(json.dumps(value, default=str) for value in self.axis.values)
-        else:
-            low, high = self.axis.ends
-            text = f"{low:g} to {high:g}" + (", whole numbers" if isinstance(low + high, int) else "")
-        return text + (", or left out" if self.optional else "")
+        ends = self.axis.ends
+        text = ", ".join(map(_shown, self.axis.values)) if ends is None else f"{ends[0]:g} to {ends[1]:g}"
+        return text + ", whole numbers" * self._whole() + ", or left out" * self.optional
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=str)
 
 
 def space_of(config: Config, params: Mapping[str, str | Sequence[Any]]) -> tuple[list[Dimension], dict[str, str]]:
-    """What is searched, and why the policy's other parameters are not.
-
-    Args:
-        config: Its policy's parameters are searched between their own bounds, but for those that it sets.
-        params: Ranges or values by path, as of a sweep; these go before.
-
-    Raises:
-        ConfigError: a path or value is not allowed, or nothing is left to search.
-    """
+    """What is searched, *params* before the policy's own bounds, and why its other parameters are not."""
     for path in ("seed", "job.steps", "policy.name"):
         if path in params:
             raise ConfigError(f"--param {path}: {path} cannot be tuned")
     given = [Dimension(Axis.parse(path, values), "--param") for path, values in params.items()]
     model = params_class(load_policy_class(config.policy))
     found, skipped = list[Dimension](), dict[str, str]()
-    for name, info in (model.model_fields if model else {}).items():
-        alias = info.alias or name
-        path = f"policy.{alias}"
+    for name, schema in (model.model_json_schema()["properties"] if model else {}).items():
+        path = f"policy.{name}"
         if path in params:
             continue
-        if alias in config.policy_params:
-            skipped[path] = f"set to {config.policy_params[alias]}; --param {path}= searches it"
-            continue
-        dimension = _of_field(path, info)
-        if isinstance(dimension, Dimension):
-            found.append(dimension)
-        else:
+        dimension = _of_schema(path, schema)
+        if name in config.policy_params:
+            skipped[path] = f"set to {config.policy_params[name]}; --param {path}= searches it"
+        elif isinstance(dimension, str):
             skipped[path] = dimension
-    dimensions = [*found, *given]
-    if not any(dimension.axis.ends or dimension.optional or len(dimension.axis.values) > 1 for dimension in dimensions):
+        else:
+            found.append(dimension)
+    for one in given:  # whether all values are allowed
+        design_sweep(config, {one.axis.path: one.axis.ends or one.axis.values}, design="list")
+    if not any(one.axis.ends or one.optional or len(one.axis.values) > 1 for one in (*found, *given)):
         why = "; ".join(f"{path}: {reason}" for path, reason in skipped.items()) or "it has none"
         raise ConfigError(f"policy {config.policy!r} has no parameter to search ({why}): name one (--param)")
-    for dimension in given:
-        for value in dimension.axis.ends or dimension.axis.values:
-            config_at(config, {dimension.axis.path: value}, dimension.axis.origin)
-    return dimensions, skipped
+    return [*found, *given], skipped
 
 
-def _of_field(path: str, info: FieldInfo) -> Dimension | str:
-    """The range of a parameter by its type and bounds, or why it has none."""
-    annotation: Any = info.annotation
-    union = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    kinds = [kind for kind in union if kind is not NoneType]
-    optional = len(kinds) < len(union) and info.default is None
-    make = partial(Axis, path, origin="the policy's bounds")
-    if len(kinds) == 1 and (kinds[0] is bool or get_origin(kinds[0]) is Literal):
-        every = (False, True) if kinds[0] is bool else get_args(kinds[0])
-        values = tuple(value for value in every if value != ORACLE)
-        if len(values) == 1 and not optional:
-            return f"only {values[0]!r} is left without {ORACLE!r}, which no policy can have in reality"
-        return Dimension(make(values=values, ends=None), "the policy's values", optional)
-    low, high = _bound(info, "ge", "gt"), _bound(info, "le", "lt")
-    if len(kinds) != 1 or kinds[0] not in (int, float) or low is None or high is None:
+def _of_schema(path: str, schema: Mapping[str, Any]) -> Dimension | str:
+    """The range of a parameter by its JSON schema, or why it has none."""
+    union = schema.get("anyOf", [schema])
+    kinds = [kind for kind in union if kind.get("type") != "null"]
+    kind = kinds[0] if len(kinds) == 1 else {}
+    optional = len(kinds) < len(union) and schema.get("default", ...) is None
+    every = (False, True) if kind.get("type") == "boolean" else kind.get("enum", [kind.get("const", ORACLE)])
+    values = tuple(value for value in every if value != ORACLE)
+    if len(values) > 1 or (values and optional):
+        return Dimension(Axis(path, values, None, "the policy's values"), "the policy's values", optional)
+    if values:
+        return f"only {values[0]!r} is left without {ORACLE!r}, which no policy can have in reality"
+    low, high = (kind.get(end, kind.get(f"exclusive{end.capitalize()}", math.inf)) for end in ("minimum", "maximum"))
+    if kind.get("type") not in ("integer", "number") or not math.isfinite(high - low):
         return f"no list of values and no bounds on both sides; --param {path}= gives them"
-    inward = 1 if kinds[0] is int else INWARD * (high[0] - low[0])
-    ends = (low[0] + inward * low[1], high[0] - inward * high[1])
-    return Dimension(make(values=(), ends=(kinds[0](ends[0]), kinds[0](ends[1]))), "the policy's bounds", optional)
-
-
-def _bound(info: FieldInfo, closed: str, open_: str) -> tuple[float, bool] | None:
-    """A finite bound, and whether it is outside."""
-    for item in info.metadata:
-        for name in (closed, open_):
-            value = getattr(item, name, None)
-            if value is not None and math.isfinite(value):
-                return value, name == open_
-    return None
-
-
-def config_at(config: Config, values: Mapping[str, Any], origin: str = "the search") -> Config:
-    """*config* with values at paths; None leaves one out.
-
-    Raises:
-        ConfigError: a path is unknown or a value not allowed.
-    """
-    try:
-        layer = {toml_text.parse_key(path): Given(v, origin) for path, v in values.items() if v is not None}
-    except ValueError as error:
-        raise ConfigError(f"{origin}: {error}") from None
-    # Without numbers of lines: finding them takes longer than all else.
-    below = {path: Given(value, "the configuration") for path, value in values_of(config).items()}
-    return resolve([Layer(below), Layer(layer)])
+    number, inward = (int, 1) if kind["type"] == "integer" else (float, INWARD * (high - low))
+    ends = (number(low + inward * ("minimum" not in kind)), number(high - inward * ("maximum" not in kind)))
+    return Dimension(Axis(path, (), ends, "the policy's bounds"), "the policy's bounds", optional)
 
 
 def values_of(config: Config) -> dict[toml_text.Path, Any]:
@@ -213,155 +165,85 @@ def values_of(config: Config) -> dict[toml_text.Path, Any]:
 # --- the plan ---
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Plan:
-    """What is to be done.
-
-    Attributes:
-        base: The configuration with the defaults; its seed is the first of the search.
-        objective: Of `OBJECTIVES`.
-        dimensions: What is searched.
-        skipped: Why other parameters are not.
-        trials: How many, at most.
-        seconds: That the search may take, checked between batches.
-        seeds: Of every trial, the same in all.
-        trial_steps: Of the job's steps, from the first on, in every run of the search.
-        workloads: On which what was found is compared with the defaults, beside the job's own.
-    """
-
-    base: Config
-    objective: str
-    dimensions: tuple[Dimension, ...]
-    skipped: Mapping[str, str]
-    trials: int
-    seconds: float
-    seeds: int
-    trial_steps: int
-    workloads: tuple[str, ...]
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """That are made small."""
-        return OBJECTIVES[self.objective]
-
-    @property
-    def fresh_seeds(self) -> tuple[int, ...]:
-        """Of the comparison."""
-        return tuple(self.base.seed + FRESH_OFFSET + i for i in range(FRESH_SEEDS))
-
-    def start(self) -> dict[str, Any] | None:
-        """The defaults as optuna's first trial; None if they lie outside the ranges."""
-        found: dict[str, Any] = {}
-        values = values_of(self.base)
-        for dimension in self.dimensions:
-            one = dimension.enqueued(values.get(toml_text.parse_key(dimension.axis.path)))
-            if one is None:
-                return None
-            found |= one
-        return found
-
-    def trial_configs(self, values: Mapping[str, Any]) -> list[Config]:
-        """The runs of a trial, by seed."""
-        config = config_at(self.base, {**values, "job.steps": self.trial_steps})
-        return [config.with_seed(self.base.seed + i) for i in range(self.seeds)]
-
-    def identity(self) -> dict[str, Any]:
-        """What tells this search from others, but for its budget; more trials continue it."""
-        return {
-            "code_version": code_version(),
-            "optuna": version("optuna"),
-            "config": config_toml(self.base),
-            "objective": self.objective,
-            "seeds": self.seeds,
-            "trial_steps": self.trial_steps,
-            "searched": {dimension.axis.path: str(dimension) for dimension in self.dimensions},
-        }
-
-
-def plan_tuning(
-    config: Config,
-    params: Mapping[str, str | Sequence[Any]] | None = None,
-    *,
-    objective: str = "cost",
-    trials: int | None = None,
-    seconds: float | None = None,
-    seeds: int = 3,
-    trial_steps: int | None = None,
-    check_workloads: str | None = None,
-) -> Plan:
-    """A plan that is checked.
-
-    Args:
-        config: The job with the defaults.
-        params: Ranges or values by path, as of a sweep, in place of the policy's own bounds.
-        objective: `cost` (GPU-seconds a step), `time` (seconds a step) or `pareto` (both).
-        trials: By default 60, or without a limit where *seconds* is given.
-        seconds: That the search may take.
-        seeds: Of every trial: `config.seed`, `config.seed + 1` and so on.
-        trial_steps: Of the job's steps in every run of the search; by default two epochs.
-        check_workloads: Names, separated by commas, or `none`; by default three that were not tuned on.
+    """What is to be done, checked when it is made.
 
     Raises:
         ConfigError: something is not allowed, or optuna is not installed.
     """
-    _need_optuna()
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"objective={objective!r} must be one of {', '.join(OBJECTIVES)} (--objective)")
-    if trials is not None and not 1 <= trials <= MAX_TRIALS:
-        raise ConfigError(f"trials={trials} must be from 1 to {MAX_TRIALS} (--trials)")
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ConfigError(f"seconds={seconds:g} must be above 0 (--seconds)")
-    if not 1 <= seeds <= FRESH_OFFSET:
-        raise ConfigError(f"seeds={seeds} must be from 1 to {FRESH_OFFSET} (--seeds)")
-    if config.seed >= 2**128 - FRESH_OFFSET - FRESH_SEEDS:
-        raise ConfigError(f"seed={config.seed} leaves no fresh seeds above it (--seed)")
-    job = config.job
-    two_epochs = 2 * (job.dataset_prompts // job.prompts_per_step)
-    # Steps that overlap share GPU-seconds: epochs cannot be weighed apart.
-    steps = trial_steps or (job.steps if job.max_staleness else min(two_epochs, job.steps))
-    if trial_steps is not None and not 1 <= trial_steps <= job.steps:
-        raise ConfigError(f"trial_steps={trial_steps} must be from 1 to job.steps={job.steps} (--trial-steps)")
-    if job.max_staleness and steps < job.steps:
-        raise ConfigError(f"trial_steps={steps} must be job.steps={job.steps} with job.max_staleness (--trial-steps)")
-    dimensions, skipped = space_of(config, params or {})
-    budget = trials or (TRIALS if seconds is None else MAX_TRIALS)
-    workloads = _workloads(check_workloads, job.workload)
-    limit_s = math.inf if seconds is None else seconds
-    return Plan(config, objective, tuple(dimensions), skipped, budget, limit_s, seeds, steps, workloads)
 
+    base: Config  # the job with the defaults; its seed is the first of the search
+    params: Mapping[str, str | Sequence[Any]] = field(default_factory=dict)  # in place of the policy's own bounds
+    _: KW_ONLY
+    objective: str = "cost"  # GPU-seconds a step; or time: seconds a step, or pareto: both
+    trials: int | None = None  # by default 60, or without a limit where seconds are given
+    seconds: float | None = None  # that the search may take, looked at between batches
+    seeds: int = 3  # of every trial: base.seed, base.seed + 1, ...
+    trial_steps: int | None = None  # of the job, from the first on, in every run of the search; by default two epochs
+    check_workloads: str | None = None  # names, separated by commas, or none; by default three others
 
-def _need_optuna() -> None:
-    try:
-        import optuna
-    except ModuleNotFoundError:
-        raise ConfigError("simrl tune needs optuna: pip install 'simrl[tune]'") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-
-def _workloads(names: str | None, own: str) -> tuple[str, ...]:
-    if names is None:
-        return tuple(name for name in OTHER_WORKLOADS if name != own)[:3]
-    if names.strip() == "none":
-        return ()
-    found = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    for name in found:
+    def __post_init__(self) -> None:
         try:
+            import optuna
+        except ModuleNotFoundError:
+            raise ConfigError("simrl tune needs optuna: pip install 'simrl[tune]'") from None
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        job = self.base.job
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective={self.objective!r} must be one of {', '.join(OBJECTIVES)} (--objective)")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ConfigError(f"seconds={self.seconds:g} must be above 0 (--seconds)")
+        counts = (("trials", MAX_TRIALS, ""), ("seeds", FRESH_OFFSET, ""), ("trial_steps", job.steps, "job.steps="))
+        for name, most, shown in counts:
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise ConfigError(f"{name}={value} must be from 1 to {shown}{most} (--{name.replace('_', '-')})")
+        if self.base.seed >= 2**128 - FRESH_OFFSET - FRESH_SEEDS:
+            raise ConfigError(f"seed={self.base.seed} leaves no fresh seeds above it (--seed)")
+        two_epochs = 2 * (job.dataset_prompts // job.prompts_per_step)
+        # Steps that overlap share GPU-seconds: epochs cannot be weighed apart.
+        self.steps = self.trial_steps or (job.steps if job.max_staleness else min(two_epochs, job.steps))
+        if job.max_staleness and self.steps < job.steps:
+            raise ConfigError(
+                f"trial_steps={self.steps} must be job.steps={job.steps} with job.max_staleness (--trial-steps)"
+            )
+        self.metrics = OBJECTIVES[self.objective]
+        self.dimensions, self.skipped = space_of(self.base, self.params)
+        self.most_trials = self.trials or (TRIALS if self.seconds is None else MAX_TRIALS)
+        self.fresh_seeds = [self.base.seed + FRESH_OFFSET + i for i in range(FRESH_SEEDS)]
+        self.workloads = _workloads(self.check_workloads, job.workload)
+
+    def trial_configs(self, values: Mapping[str, Any]) -> list[Config]:
+        """The runs of a trial, by seed."""
+        config = self.config({**values, "job.steps": self.steps})
+        return [config.with_seed(self.base.seed + i) for i in range(self.seeds)]
+
+    def config(self, values: Mapping[str, Any]) -> Config:
+        """The whole job with values at paths; None leaves one out."""
+        return self.base.with_values({path: value for path, value in values.items() if value is not None})
+
+
+def _workloads(names: str | None, own: str) -> list[str]:
+    if names is None:
+        return [name for name in OTHER_WORKLOADS if name != own][:3]
+    found = [name.strip() for name in names.split(",") if name.strip()] if names.strip() != "none" else []
+    try:
+        for name in found:
             check_known("check_workloads", name, workload_names())
-        except ValueError as error:
-            raise ConfigError(f"{error} (--check-workloads)") from None
-    return tuple(name for name in found if name != own)
+    except ValueError as error:
+        raise ConfigError(f"{error} (--check-workloads)") from None
+    return [name for name in dict.fromkeys(found) if name != own]
 
 
 # --- runs ---
 
 
 class Runs:
-    """Outcomes of runs, each done once, on all cores; those that succeed are kept in *folder*, if there is one."""
+    """Outcomes of runs, each done once; those that succeed are kept in *folder*, if there is one."""
 
-    def __init__(self, folder: Path | None, pool: ProcessPoolExecutor | None, tick: Callable[[int], None]) -> None:
-        self.folder = folder
-        self.pool = pool
-        self.tick = tick
+    def __init__(self, folder: Path | None, each: Callable[..., Any], tick: Callable[[int], None]) -> None:
+        self.folder, self.each, self.tick = folder, each, tick
         self.known: dict[str, Outcome] = {}
         self.computed = 0
 
@@ -369,12 +251,12 @@ class Runs:
         """In the order of *configs*."""
         keys = [key_of(config) for config in configs]
         for key in keys:
-            if key not in self.known and (kept := self._kept(key)) is not None:
-                self.known[key] = kept
+            with suppress(FileNotFoundError, ValueError):  # ValueError: a power loss leaves empty files
+                if self.folder is not None and key not in self.known:
+                    self.known[key] = json.loads((self.folder / f"{key}.json").read_text("utf-8"))
         jobs = {k: c.model_dump_json() for k, c in zip(keys, configs, strict=True) if k not in self.known}
-        done = map(run_cell, jobs.values()) if self.pool is None else self.pool.map(run_cell, jobs.values())
         self.tick(len(keys) - len(jobs))
-        for key, outcome in zip(jobs, done, strict=True):
+        for key, outcome in zip(jobs, self.each(run_cell, jobs.values()), strict=True):
             self.known[key] = outcome
             self.computed += 1
             if self.folder is not None and "error" not in outcome:
@@ -382,34 +264,9 @@ class Runs:
             self.tick(1)
         return [self.known[key] for key in keys]
 
-    def warnings(self) -> tuple[str, ...]:
-        """Of all runs, each once."""
-        return tuple(sorted({note for outcome in self.known.values() for note in outcome.get("warnings", ())}))
-
-    def _kept(self, key: str) -> Outcome | None:
-        if self.folder is None:
-            return None
-        try:
-            found: Outcome = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # ValueError: a machine that lost its power leaves empty files
-            return None
-        return found
-
-
-@contextmanager
-def _pool(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Spawned processes that live as long as the block; None for one job, which runs in this process."""
-    if jobs == 1:
-        yield None
-        return
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()  # after an error or Ctrl-C it would finish its run first
+    def warnings(self) -> set[str]:
+        """Of all runs."""
+        return {note for outcome in self.known.values() for note in outcome.get("warnings", ())}
 
 
 def figures_of(summary: Mapping[str, Any], job_steps: int) -> dict[str, float]:
@@ -430,19 +287,11 @@ def figures_of(summary: Mapping[str, Any], job_steps: int) -> dict[str, float]:
 
 @dataclass(slots=True)
 class Trial:
-    """A setting that was tried.
-
-    Attributes:
-        number: From 0.
-        values: By path; None: left out.
-        state: complete, pruned or failed.
-        figures: By metric, one a seed that was run.
-        error: Of a run that failed.
-    """
+    """A setting that was tried: values by path (None: left out), and figures by metric, one a seed that was run."""
 
     number: int
-    values: dict[str, Any]
-    state: str = "complete"
+    values: Mapping[str, Any]
+    state: str = "complete"  # or pruned, or failed
     figures: dict[str, list[float]] = field(default_factory=lambda: {metric: [] for metric in UNITS})
     error: str | None = None
 
@@ -450,17 +299,19 @@ class Trial:
         """Over the seeds that were run; not a number where none was."""
         return float(np.mean(self.figures[metric])) if self.figures[metric] else math.nan
 
-    def add(self, outcome: Outcome, job_steps: int) -> None:
-        """Note a run."""
-        if "error" in outcome:
-            self.state, self.error = "failed", outcome["error"]
-            return
-        for metric, value in figures_of(outcome["summary"], job_steps).items():
-            self.figures[metric].append(value)
+    def means(self) -> dict[str, float]:
+        """By metric."""
+        return {metric: self.mean(metric) for metric in UNITS}
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"trial": self.number, "values": self.values, **{metric: self.mean(metric) for metric in UNITS}}
+
+def _measure(plan: Plan, runs: Runs, tasks: Sequence[tuple[Trial, Config]]) -> None:
+    """Run each configuration, and note the figures in its trial."""
+    for (trial, _), outcome in zip(tasks, runs.of([config for _, config in tasks]), strict=True):
+        if "error" in outcome:
+            trial.state, trial.error = "failed", outcome["error"]
+            continue
+        for metric, value in figures_of(outcome["summary"], plan.base.job.steps).items():
+            trial.figures[metric].append(value)
 
 
 def search(plan: Plan, runs: Runs) -> tuple[optuna.Study, list[Trial]]:
@@ -470,33 +321,33 @@ def search(plan: Plan, runs: Runs) -> tuple[optuna.Study, list[Trial]]:
     search that goes on asks for all trials again, whose runs are kept: it ends as one that was never interrupted.
     """
     import optuna
+    from optuna.trial import TrialState
 
+    states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
     study = optuna.create_study(study_name="simrl", directions=["minimize"] * len(plan.metrics))
-    start = plan.start()
-    if start is not None:
-        study.enqueue_trial(start)
+    defaults = values_of(plan.base)
+    start = [d.enqueued(defaults.get(toml_text.parse_key(d.axis.path))) for d in plan.dimensions]
+    if None not in start:
+        study.enqueue_trial({name: value for one in start for name, value in (one or {}).items()})
     trials: list[Trial] = []
-    end_s = time.monotonic() + plan.seconds
-    while not trials or (len(trials) < plan.trials and time.monotonic() < end_s):
-        study.sampler = sampler_of(int(stream(plan.base.seed, "tune", len(trials)).integers(2**32)))
+    end_s = time.monotonic() + (plan.seconds or math.inf)
+    while not trials or (len(trials) < plan.most_trials and time.monotonic() < end_s):
+        seed = int(stream(plan.base.seed, "tune", len(trials)).integers(2**32))
+        # docs/experiments.md has the measurement that chose it.
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, multivariate=True, seed=seed)
         asked, batch = list[optuna.Trial](), list[Trial]()
-        for _ in range(min(BATCH, plan.trials - len(trials))):
+        for _ in range(min(BATCH, plan.most_trials - len(trials))):
             asked.append(study.ask())
-            values = {dimension.axis.path: dimension.suggest(asked[-1]) for dimension in plan.dimensions}
-            asked[-1].set_user_attr("values", json.dumps(values, default=str))  # optuna has places of some
-            batch.append(Trial(asked[-1].number, values))
+            batch.append(Trial(asked[-1].number, {d.axis.path: d.suggest(asked[-1]) for d in plan.dimensions}))
+            asked[-1].set_user_attr("values", _shown(batch[-1].values))  # optuna has places of some
         _run_batch(plan, runs, batch, [trial for trial in trials if trial.state == "complete"])
         for one, trial in zip(asked, batch, strict=True):
-            _tell(study, one, trial, plan)
+            if trial.state == "pruned":
+                one.report(trial.mean(plan.metrics[0]), len(trial.figures["step_s"]))  # of which the sampler makes use
+            figures = [trial.mean(metric) for metric in plan.metrics]
+            study.tell(one, figures if trial.state == "complete" else None, states[trial.state])
         trials += batch
     return study, trials
-
-
-def sampler_of(seed: int) -> optuna.samplers.BaseSampler:
-    """For one batch; docs/experiments.md has the measurement that chose it."""
-    import optuna
-
-    return optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, multivariate=True, seed=seed)
 
 
 def _run_batch(plan: Plan, runs: Runs, batch: Sequence[Trial], complete: Sequence[Trial]) -> None:
@@ -505,35 +356,24 @@ def _run_batch(plan: Plan, runs: Runs, batch: Sequence[Trial], complete: Sequenc
     Pruned is what is worse than the median of the trials that were complete before, over the seeds run so far. optuna's
     median pruner would take the best of a trial's means so far, which depends on the order of the seeds.
     """
-    prunes = len(plan.metrics) == 1
     configs: dict[int, list[Config]] = {}
     for trial in batch:
         try:
             configs[trial.number] = plan.trial_configs(trial.values)
         except ConfigError as error:  # values that do not go together
             trial.state, trial.error = "failed", str(error)
-    for seeds in [[seed] for seed in range(plan.seeds)] if prunes else [list(range(plan.seeds))]:
+    every, metric = range(plan.seeds), plan.metrics[0]
+    for seeds in [every] if len(plan.metrics) > 1 else [every[i : i + 1] for i in every]:
         tasks = [(t, configs[t.number][seed]) for t in batch if t.state == "complete" for seed in seeds]
-        for (trial, _), outcome in zip(tasks, runs.of([config for _, config in tasks]), strict=True):
-            trial.add(outcome, plan.base.job.steps)
+        _measure(plan, runs, tasks)
         done = seeds[-1] + 1
-        if prunes and done < plan.seeds and len(complete) >= MIN_FOR_PRUNING:
-            figures = [np.mean(other.figures[plan.metrics[0]][:done]) for other in complete]
-            for trial in batch:
-                if trial.state == "complete" and trial.mean(plan.metrics[0]) > np.median(figures):
-                    trial.state = "pruned"
-                    runs.tick(plan.seeds - done)
-
-
-def _tell(study: optuna.Study, asked: optuna.Trial, trial: Trial, plan: Plan) -> None:
-    from optuna.trial import TrialState
-
-    if trial.state == "pruned":
-        asked.report(trial.mean(plan.metrics[0]), len(trial.figures["step_s"]))  # of which the sampler makes use
-    if trial.state == "complete":
-        study.tell(asked, [trial.mean(metric) for metric in plan.metrics])
-    else:
-        study.tell(asked, state=TrialState.PRUNED if trial.state == "pruned" else TrialState.FAIL)
+        if done == plan.seeds or len(complete) < MIN_FOR_PRUNING:
+            continue
+        limit = np.median([np.mean(other.figures[metric][:done]) for other in complete])
+        for trial in batch:
+            if trial.state == "complete" and trial.mean(metric) > limit:
+                trial.state = "pruned"
+                runs.tick(plan.seeds - done)
 
 
 def front_of(trials: Sequence[Trial], metrics: Sequence[str]) -> list[Trial]:
@@ -541,11 +381,11 @@ def front_of(trials: Sequence[Trial], metrics: Sequence[str]) -> list[Trial]:
 
     Of a single figure that is the best one.
     """
-    front: list[Trial] = []
-    for trial in sorted((t for t in trials if t.state == "complete"), key=lambda t: [t.mean(m) for m in metrics]):
-        if not front or (len(metrics) > 1 and trial.mean(metrics[-1]) < front[-1].mean(metrics[-1])):
-            front.append(trial)
-    return front
+    import pandas as pd
+
+    complete = [trial for trial in trials if trial.state == "complete"]
+    frame = pd.DataFrame([trial.means() for trial in complete], columns=list(UNITS))
+    return [complete[place] for place in plots.pareto_front(frame, metrics[0], metrics[-1]).index]
 
 
 def importance_of(study: optuna.Study, metrics: Sequence[str]) -> dict[str, dict[str, float]] | None:
@@ -559,16 +399,12 @@ def importance_of(study: optuna.Study, metrics: Sequence[str]) -> dict[str, dict
 
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) < MIN_FOR_IMPORTANCE:
         return None
-    found = {}
-    for index, metric in enumerate(metrics):
-        evaluator = PedAnovaImportanceEvaluator(target_quantile=TOP_SHARE)
-        target = partial(_told, index)
-        found[metric] = dict(get_param_importances(study, evaluator=evaluator, target=target))
-    return found
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=TOP_SHARE)
 
+    def told(index: int) -> Callable[[optuna.trial.FrozenTrial], float]:
+        return lambda trial: float(trial.values[index])
 
-def _told(index: int, trial: optuna.trial.FrozenTrial) -> float:
-    return float(trial.values[index])
+    return {m: get_param_importances(study, evaluator=evaluator, target=told(i)) for i, m in enumerate(metrics)}
 
 
 # --- the comparison ---
@@ -579,34 +415,27 @@ def compare_fresh(plan: Plan, runs: Runs, settings: Mapping[str, Trial]) -> tupl
 
     On other workloads only the first of them. All rows are one family of comparisons. Runs that fail are told instead.
     """
-    everyone: dict[str, Mapping[str, Any]] = {"defaults": {}, **{name: t.values for name, t in settings.items()}}
-    elsewhere = list(everyone)[:2]
-    configs: dict[tuple[str, str], list[Config]] = {}
-    for workload in (plan.base.job.workload, *plan.workloads):
-        for name in everyone if workload == plan.base.job.workload else elsewhere:
-            config = config_at(plan.base, {**everyone[name], "job.workload": workload})
-            configs[workload, name] = [config.with_seed(seed) for seed in plan.fresh_seeds]
-    outcomes = iter(runs.of([config for each in configs.values() for config in each]))
-    figures, failed = {}, []
-    for key, each in configs.items():
-        trial = Trial(-1, {})
-        for _ in each:
-            trial.add(next(outcomes), plan.base.job.steps)
-        if trial.error is None:
-            figures[key] = trial.figures
-        else:
-            failed.append(f"{key[1]} on {key[0]} failed: {trial.error}")
-    keys = [
-        (w, name, metric) for w, name in figures if name in settings and (w, "defaults") in figures for metric in UNITS
-    ]
-    pairs = [(figures[w, name][metric], figures[w, "defaults"][metric]) for w, name, metric in keys]
+    values = {"defaults": {}, **{name: trial.values for name, trial in settings.items()}}
+    own = plan.base.job.workload
+    keys = [(w, name) for w in (own, *plan.workloads) for name in (values if w == own else list(values)[:2])]
+    fresh = {key: Trial(-1, {**values[key[1]], "job.workload": key[0]}) for key in keys if settings}
+    configs = [(trial, plan.config(trial.values)) for trial in fresh.values()]
+    _measure(plan, runs, [(trial, config.with_seed(seed)) for trial, config in configs for seed in plan.fresh_seeds])
+    failed = [f"{name} on {w} failed: {trial.error}" for (w, name), trial in fresh.items() if trial.error is not None]
+    compared = {
+        (w, name, metric): (trial.figures[metric], fresh[w, "defaults"].figures[metric])
+        for (w, name), trial in fresh.items()
+        if name in settings and trial.error is None and fresh[w, "defaults"].error is None
+        for metric in UNITS
+    }
     rows = []
-    for (workload, name, metric), (tuned, before), paired in zip(keys, pairs, compare_paired(pairs), strict=True):
-        mean = float(np.mean(before))
+    for (workload, name, metric), paired in zip(compared, compare_paired(list(compared.values())), strict=True):
+        tuned, before = (float(np.mean(figures)) for figures in compared[workload, name, metric])
         low, high = paired.ci95 or (math.nan, math.nan)
         rows.append({
-            "workload": workload, "setting": name, "metric": metric, "defaults": mean, "tuned": float(np.mean(tuned)),
-            "gain": -paired.difference / mean, "gain_ci95": [-high / mean, -low / mean], "paired": paired.to_dict(),
+            "workload": workload, "setting": name, "metric": metric, "defaults": before, "tuned": tuned,
+            "gain": -paired.difference / before, "gain_ci95": [-high / before, -low / before],
+            "paired": paired.to_dict(),
         })  # fmt: skip
     return rows, failed
 
@@ -614,205 +443,197 @@ def compare_fresh(plan: Plan, runs: Runs, settings: Mapping[str, Trial]) -> tupl
 # --- all of it ---
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Tuning:
-    """What a search leaves.
-
-    Attributes:
-        plan: What was done.
-        trials: All, by number.
-        defaults: The defaults on the search's seeds.
-        front: Trials that none beats, the fastest first; of a single objective the best one.
-        settings: Those of the front that were compared with the defaults, by name.
-        importance: See `importance_of`.
-        comparison: Rows of `compare_fresh`.
-        notes: What a reader has to know.
-        computed: Runs that were done now, not found among those kept.
-    """
+    """What a search leaves: the defaults on its seeds, and a comparison as of `compare_fresh`, too."""
 
     plan: Plan
-    trials: tuple[Trial, ...]
+    study: optuna.Study
+    trials: list[Trial]
     defaults: Trial
-    front: tuple[Trial, ...]
-    settings: Mapping[str, Trial]
-    importance: Mapping[str, Mapping[str, float]] | None
-    comparison: tuple[dict[str, Any], ...]
-    notes: tuple[str, ...]
-    computed: int
+    importance: Mapping[str, Mapping[str, float]] | None  # see `importance_of`
+    comparison: list[dict[str, Any]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    computed: int = 0  # runs that were done now, not found among those kept
+
+    @cached_property
+    def front(self) -> list[Trial]:
+        """Trials that none beats, the fastest first; of a single objective the best one."""
+        return front_of(self.trials, self.plan.metrics)
 
     @property
     def best(self) -> Trial:
         """Of a front the knee: the least product of its figures."""
         return min(self.front, key=lambda trial: math.prod(trial.mean(metric) for metric in self.plan.metrics))
 
-    def config(self, trial: Trial) -> Config:
-        """The whole job with a trial's values."""
-        return config_at(self.plan.base, trial.values)
-
-    def saved_runs(self) -> int:
-        """That pruning left out."""
-        return sum(self.plan.seeds - len(t.figures["step_s"]) for t in self.trials if t.state == "pruned")
+    @property
+    def settings(self) -> dict[str, Trial]:
+        """Those to compare, by name: the best one, or a front's knee and ends; without the defaults."""
+        named = {"knee": self.best, "fastest": self.front[0], "cheapest": self.front[-1]}
+        names: dict[int, list[str]] = {}
+        for name, trial in (named if len(self.plan.metrics) > 1 else {"tuned": self.best}).items():
+            if self.changes(trial):
+                names.setdefault(trial.number, []).append(name)
+        return {", ".join(each): self.trials[number] for number, each in names.items()}
 
     def gain(self, trial: Trial, metric: str) -> float:
         """By which share a figure is below the defaults', on those of the search's seeds that the trial has run."""
         figures = trial.figures[metric]
         return 1 - float(np.mean(figures) / np.mean(self.defaults.figures[metric][: len(figures)]))
 
+    def changes(self, trial: Trial) -> dict[str, Any]:
+        """What a setting changes of the defaults."""
+        before = values_of(self.plan.base)
+        return {path: v for path, v in trial.values.items() if v != before.get(toml_text.parse_key(path))}
+
     def standing(self) -> str:
         """Where the defaults are."""
-        on_front = next((t for t in self.front if self.is_default(t)), None)
-        if on_front is not None:
+        if not all(map(self.changes, self.front)):
             return "the defaults are on the front" if len(self.plan.metrics) > 1 else "nothing better was found"
         better = next((t for t in self.front if all(self.gain(t, m) >= 0 for m in self.plan.metrics)), None)
         if better is None:
             return "the defaults lie outside the searched ranges, and nothing in them is better in all that was asked"
         return f"the defaults are dominated by trial {better.number}"
 
-    def is_default(self, trial: Trial) -> bool:
-        """Whether a trial's setting is the defaults."""
-        return not self.changes(trial)
-
-    def changes(self, trial: Trial) -> dict[str, Any]:
-        """What a setting changes of the defaults."""
-        before = values_of(self.plan.base)
-        return {path: v for path, v in trial.values.items() if v != before.get(toml_text.parse_key(path))}
-
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `tune --json`, which is summary.json too."""
-        plan = self.plan
-        states = [trial.state for trial in self.trials]
+        plan, states = self.plan, [trial.state for trial in self.trials]
+        front = [{"trial": trial.number, "values": trial.values, **trial.means()} for trial in self.front]
         return {
             "policy": plan.base.policy,
             "objective": plan.objective,
             "trials": {state: states.count(state) for state in ("complete", "pruned", "failed")},
-            "runs_saved_by_pruning": self.saved_runs(),
-            "seeds": {"search": [plan.base.seed + i for i in range(plan.seeds)], "fresh": list(plan.fresh_seeds)},
-            "steps": {"search": plan.trial_steps, "comparison": plan.base.job.steps},
+            "runs_saved_by_pruning": sum(
+                plan.seeds - len(trial.figures["step_s"]) for trial in self.trials if trial.state == "pruned"
+            ),
+            "seeds": {"search": [plan.base.seed + i for i in range(plan.seeds)], "fresh": plan.fresh_seeds},
+            "steps": {"search": plan.steps, "comparison": plan.base.job.steps},
             "searched": [{"parameter": d.axis.path, "values": str(d), "source": d.source} for d in plan.dimensions],
-            "not_searched": dict(plan.skipped),
-            "defaults": {metric: self.defaults.mean(metric) for metric in UNITS},
+            "not_searched": plan.skipped,
+            "defaults": self.defaults.means(),
             "standing": self.standing(),
-            "best": self.best.to_dict(),
-            "front": [trial.to_dict() for trial in self.front],
+            "best": front[self.front.index(self.best)],
+            "front": front,
             "settings": {name: trial.number for name, trial in self.settings.items()},
             "importance": self.importance,
             "gain_in_search": {n: {m: self.gain(t, m) for m in UNITS} for n, t in self.settings.items()},
-            "comparison": list(self.comparison),
-            "notes": list(self.notes),
-        }  # fmt: skip
+            "comparison": self.comparison,
+            "notes": self.notes,
+        }
 
     def frame(self) -> pd.DataFrame:
-        """trials.parquet: a row a trial."""
+        """trials.parquet: a row a trial; parameters of several types, or of none that a column can have, as JSON."""
         import pandas as pd
 
         columns: dict[str, Any] = {"trial": [t.number for t in self.trials], "state": [t.state for t in self.trials]}
-        for dimension in self.plan.dimensions:
-            path = dimension.axis.path
-            columns[path] = _column([trial.values[path] for trial in self.trials])
+        for path in self.trials[0].values:
+            values = [trial.values[path] for trial in self.trials]
+            kinds = {type(value) for value in values} - {NoneType}
+            plain = kinds in ({bool}, {str}) or kinds <= {int, float}
+            columns[path] = values if plain else list(map(_shown, values))
         columns |= {metric: [trial.mean(metric) for trial in self.trials] for metric in UNITS}
-        columns["seeds"] = [len(trial.figures["step_s"]) for trial in self.trials]
-        return pd.DataFrame(columns)
-
-
-def _column(values: Sequence[Any]) -> Sequence[Any]:
-    """Values of one type, and None, as they are; else JSON."""
-    kinds = {type(value) for value in values} - {NoneType}
-    if kinds in ({bool}, {str}) or kinds <= {int, float}:
-        return values
-    return [json.dumps(value, default=str) for value in values]
+        return pd.DataFrame({**columns, "seeds": [len(trial.figures["step_s"]) for trial in self.trials]})
 
 
 def tune(
-    plan: Plan,
-    directory: Path | None = None,
+    config: Config,
+    params: Mapping[str, str | Sequence[Any]] | None = None,
     *,
+    output: Path | str | None = None,
     resume: bool = False,
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> Tuning:
-    """Search, then compare with the defaults on fresh seeds and other workloads.
+    """Search a policy's parameters, and compare what is found with the defaults on fresh seeds and other workloads.
 
     Processes are spawned where there is more than one job: a script that calls this needs
     `if __name__ == "__main__":`.
 
     Args:
-        plan: Of `plan_tuning`.
-        directory: To write; see docs/experiments.md.
-        resume: Go on in *directory*, if it is there.
+        config: The job with the defaults.
+        params: Ranges or values by path (`lo:hi`, `lo:hi:step`, `a,b,c`), in place of the policy's own bounds.
+        output: Directory to write; None: nothing is written.
+        resume: Go on in *output*, if it is there.
         jobs: Processes; by default the cores that this process may use. They do not change the results.
         progress: Called with the percentage that is done.
+        options: objective (cost, time or pareto), trials, seconds, seeds, trial_steps, check_workloads, as those of
+            the command.
 
     Raises:
-        ConfigError: the defaults cannot run, no trial could, or *jobs* is not allowed.
+        ConfigError: an option is not allowed, the defaults cannot run, or no trial could.
         RunDirectoryError: the directory cannot be written, or is of another search.
         concurrent.futures.process.BrokenProcessPool: a process died; what was done is kept.
     """
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs={jobs} must be at least 1 (--jobs)")
+    plan = Plan(config, params or {}, **options)
+    directory = None if output is None else Path(output)
     if directory is not None:
         _open(directory, plan, resume)
-    tick = _ticker(plan, progress)
-    with _pool(jobs or len(os.sched_getaffinity(0))) as pool, warnings.catch_warnings():
+    jobs = jobs or len(os.sched_getaffinity(0))
+    with ExitStack() as stack, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="optuna")  # of what is new in optuna, and of importances of one target
-        runs = Runs(None if directory is None else directory / "runs", pool, tick)
-        found, study = _tune(plan, runs)
+        each: Callable[..., Any] = map
+        if jobs > 1:
+            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
+            stack.callback(_end, pool, set(multiprocessing.active_children()))
+            each = pool.map
+        runs = Runs(None if directory is None else directory / "runs", each, _ticker(plan, progress))
+        found = _searched(plan, runs)
         if directory is not None:
-            write_outputs(found, study, directory)
+            write_outputs(found, directory)
     return found
 
 
-def _tune(plan: Plan, runs: Runs) -> tuple[Tuning, optuna.Study]:
+def _end(pool: ProcessPoolExecutor, before: set[Any]) -> None:
+    pool.shutdown(wait=False, cancel_futures=True)
+    for child in set(multiprocessing.active_children()) - before:
+        child.terminate()  # after an error or Ctrl-C it would finish its run first
+
+
+def _searched(plan: Plan, runs: Runs) -> Tuning:
     defaults = Trial(-1, {})
-    for outcome in runs.of(plan.trial_configs({})):
-        defaults.add(outcome, plan.base.job.steps)
+    _measure(plan, runs, [(defaults, config) for config in plan.trial_configs({})])
     if defaults.error is not None:
         raise ConfigError(f"the defaults cannot run: {defaults.error}")
     study, trials = search(plan, runs)
-    front = front_of(trials, plan.metrics)
     failed = [f"trial {t.number} failed: {t.error}" for t in trials if t.error is not None]
-    if not front:
+    found = Tuning(plan, study, trials, defaults, importance_of(study, plan.metrics))
+    if not found.front:
         raise ConfigError(f"no trial could run: {failed[0]}")
-    parts = (plan, tuple(trials), defaults, tuple(front))
-    bare = Tuning(*parts, {}, importance_of(study, plan.metrics), (), (), 0)
-    settings = _settings(bare)
-    rows, failures = compare_fresh(plan, runs, settings) if settings else ([], [])
-    notes = (*failed, *failures, *runs.warnings())
-    return Tuning(*parts, settings, bare.importance, tuple(rows), notes, runs.computed), study
-
-
-def _settings(found: Tuning) -> dict[str, Trial]:
-    """Those to compare: the best one, or a front's knee and ends; without the defaults."""
-    if len(found.plan.metrics) == 1:
-        named = {"tuned": found.best}
-    else:
-        named = {"knee": found.best, "fastest": found.front[0], "cheapest": found.front[-1]}
-    names: dict[int, list[str]] = {}
-    for name, trial in named.items():
-        if not found.is_default(trial):
-            names.setdefault(trial.number, []).append(name)
-    return {", ".join(each): found.trials[number] for number, each in names.items()}
+    found.comparison, failures = compare_fresh(plan, runs, found.settings)
+    found.notes, found.computed = (*failed, *failures, *sorted(runs.warnings())), runs.computed
+    return found
 
 
 def _ticker(plan: Plan, progress: Callable[[int], None] | None) -> Callable[[int], None]:
     """Counts runs, those that pruning leaves out too, or seconds where their budget is nearer to its end."""
     ends = 0 if len(plan.metrics) == 1 else 2
-    total = (1 + plan.trials) * plan.seeds + (ends + 2 * (1 + len(plan.workloads))) * FRESH_SEEDS
+    total = (1 + plan.most_trials) * plan.seeds + (ends + 2 * (1 + len(plan.workloads))) * FRESH_SEEDS
     done, begin_s = 0, time.monotonic()
 
     def tick(runs: int) -> None:
         nonlocal done
         done += runs
         if progress is not None:
-            progress(min(99, int(100 * max(done / total, (time.monotonic() - begin_s) / plan.seconds))))
+            progress(min(99, int(100 * max(done / total, (time.monotonic() - begin_s) / (plan.seconds or math.inf)))))
 
     return tick
 
 
 def _open(directory: Path, plan: Plan, resume: bool) -> None:
     """Make the directory of a search, or check that it is this one's."""
-    about = plan.identity()
+    about = {
+        "code_version": code_version(),
+        "optuna": version("optuna"),
+        "config": config_toml(plan.base),
+        "objective": plan.objective,
+        "seeds": plan.seeds,
+        "trial_steps": plan.steps,
+        "searched": {dimension.axis.path: str(dimension) for dimension in plan.dimensions},
+    }  # but not the budget: more trials continue a search
     if not (resume and directory.is_dir() and any(directory.iterdir())):
-        check_directory(directory)
 
         def write(place: Path) -> None:
             (place / "config.toml").write_text(config_toml(plan.base), encoding="utf-8")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from simrl.experiments.sweep import sweep as sweep
     from simrl.experiments.timeline import read_frames as read_frames
     from simrl.experiments.timeline import write_timeline as write_timeline
+    from simrl.experiments.tune import tune as tune
     from simrl.policies.contract import *  # noqa: F403  the same names as in _CONTRACT
 
 _CONTRACT = (
@@ -46,6 +47,7 @@ _WHERE = {
     "read_frames": "simrl.experiments.timeline",
     "run": "simrl.experiments.run",
     "sweep": "simrl.experiments.sweep",
+    "tune": "simrl.experiments.tune",
     "write_run": "simrl.experiments.run",
     "write_timeline": "simrl.experiments.timeline",
 }

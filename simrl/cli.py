@@ -372,20 +372,19 @@ def tune(
 ) -> None:
     """Search a policy's parameters, and compare what is found with the defaults on fresh seeds and other workloads."""
     from simrl.experiments.sweep import assignments
-    from simrl.experiments.tune import plan_tuning
     from simrl.experiments.tune import tune as tune_policy
     from simrl.experiments.tune_report import of_tuning
 
     if resume and output is None:
         raise typer.BadParameter("--resume goes on in the directory of --output: name it")
     base = _load(preset=preset, config=config, sets=sets, policy=policy, nodes=nodes, steps=steps, seed=seed)
-    plan = plan_tuning(
-        base, assignments(params or []), objective=objective, trials=trials, seconds=seconds, seeds=seeds,
-        trial_steps=trial_steps, check_workloads=check_workloads,
-    )  # fmt: skip
     directory = output if output or as_json else _default_directory(base, "tune-")
     with _progress("percent", 100) as progress:
-        found = tune_policy(plan, directory, resume=resume, jobs=jobs, progress=progress)
+        found = tune_policy(
+            base, assignments(params or []), output=directory, resume=resume, jobs=jobs, progress=progress,
+            objective=objective, trials=trials, seconds=seconds, seeds=seeds, trial_steps=trial_steps,
+            check_workloads=check_workloads,
+        )  # fmt: skip
     _warn(found.notes)
     _print(json.dumps(found.to_dict(), indent=2) if as_json else of_tuning(found, directory))
 

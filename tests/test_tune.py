@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from statistics import mean, median
 from typing import Literal
 
@@ -21,7 +21,7 @@ from simrl.cli import main
 from simrl.experiments import tune as tuning
 from simrl.experiments.config import ConfigError, load_config
 from simrl.experiments.run import run
-from simrl.experiments.tune import Trial, figures_of, front_of, plan_tuning, search, space_of
+from simrl.experiments.tune import Plan, Trial, figures_of, front_of, search, space_of
 from simrl.policies.verl import Verl
 
 SMALL = (
@@ -85,12 +85,18 @@ class Computed:
 
 def knobs(**options):
     config = load_config(policy=KNOBS, nodes=1, steps=8, seed=5, sets=SMALL)
-    return plan_tuning(config, options.pop("params", None), **{"check_workloads": "none", **options})
+    return Plan(config, **{"check_workloads": "none", **options})
 
 
 def small(**options):
     config = load_config(policy="rlhfless", nodes=1, steps=4, seed=5, sets=SMALL)
-    return plan_tuning(config, options.pop("params", None), **options)
+    return Plan(config, **options)
+
+
+def tune(plan):
+    """In this process, nothing written."""
+    options = {one.name: getattr(plan, one.name) for one in fields(plan) if one.name != "base"}
+    return tuning.tune(plan.base, jobs=1, **options)
 
 
 # --- the space ---
@@ -195,6 +201,7 @@ def test_a_front_is_what_nothing_dominates(pairs):
         if (q[0] <= p[0] and q[1] <= p[1] and q != p) or (q == p and j < i)
     }  # fmt: skip
     assert sorted(found) == [i for i in range(len(pairs)) if i not in beaten]
+    assert found == sorted(found, key=lambda number: pairs[number]), "the fastest first"
     assert pairs[front_of(trials, ("gpu_s_per_step",))[0].number][1] == min(b for _, b in pairs)
 
 
@@ -222,7 +229,7 @@ def test_the_search_begins_with_the_defaults_and_comes_near_the_optimum():
 
 def test_defaults_outside_the_ranges_are_told(monkeypatch):
     monkeypatch.setattr(tuning, "Runs", lambda *_: Computed(bowl))
-    found = tuning.tune(knobs(trials=3, objective="pareto", params={"policy.x": "0.6:0.9"}), jobs=1)
+    found = tune(knobs(trials=3, objective="pareto", params={"policy.x": "0.6:0.9"}))
     assert all(0.6 <= t.values["policy.x"] <= 0.9 for t in found.trials)
     assert "outside the searched ranges" in found.standing()
     assert found.defaults.figures["step_s"] == [20, 21, 22]  # with seeds 5, 6, 7
@@ -233,7 +240,7 @@ def test_defaults_outside_the_ranges_are_told(monkeypatch):
 def test_all_trials_have_the_same_seeds_and_fresh_ones_are_kept_for_the_end(monkeypatch):
     runs = Computed(bowl)
     monkeypatch.setattr(tuning, "Runs", lambda *_: runs)
-    found = tuning.tune(knobs(trials=12, seeds=3, objective="pareto"), jobs=1)
+    found = tune(knobs(trials=12, seeds=3, objective="pareto"))
     assert {seed for _, seed in runs.asked} == {5, 6, 7, *found.plan.fresh_seeds}
     assert all(len(t.figures["step_s"]) == 3 for t in found.trials)
     order = [seed >= tuning.FRESH_OFFSET for _, seed in runs.asked]
@@ -280,13 +287,13 @@ def test_settings_that_fail_are_left_behind(monkeypatch):
         return "KeyError: a bug" if params.get("flag") is False else bowl(params, config)
 
     monkeypatch.setattr(tuning, "Runs", lambda *_: Computed(fragile))
-    found = tuning.tune(knobs(trials=12, seeds=1), jobs=1)
+    found = tune(knobs(trials=12, seeds=1))
     assert {t.state for t in found.trials if t.values["policy.flag"] is False} == {"failed"}
     assert {t.state for t in found.trials if t.values["policy.flag"]} == {"complete"}
     assert any("failed: KeyError: a bug" in note for note in found.notes)
     monkeypatch.setattr(tuning, "Runs", lambda *_: Computed(lambda *_: "KeyError: always"))
     with pytest.raises(ConfigError, match="the defaults cannot run: KeyError: always"):
-        tuning.tune(knobs(trials=12), jobs=1)
+        tune(knobs(trials=12))
 
 
 def test_importance_finds_the_parameter_that_matters():
@@ -313,18 +320,18 @@ def test_over_fitting_shows(monkeypatch):
         return 10.0, 100 + config.seed % 7 - 50 * gain
 
     monkeypatch.setattr(tuning, "Runs", lambda *_: Computed(fitted))
-    found = tuning.tune(knobs(trials=30), jobs=1)
+    found = tune(knobs(trials=30))
     assert found.to_dict()["gain_in_search"]["tuned"]["gpu_s_per_step"] > 0.2
     (row,) = (row for row in found.comparison if row["metric"] == "gpu_s_per_step")
     assert (row["gain"], row["paired"]["verdict"]) == (0.0, "no difference shown")
 
 
 def test_gains_are_those_of_single_runs_on_fresh_seeds():
-    found = tuning.tune(small(trials=4, seeds=1, check_workloads="chat"), jobs=1)
+    found = tune(small(trials=4, seeds=1, check_workloads="chat"))
     assert [(row["workload"], row["metric"]) for row in found.comparison] == [
         (w, m) for w in ("gsm8k", "chat") for m in ("step_s", "gpu_s_per_step")
     ]
-    before, after = found.plan.base.with_values({"job.workload": "chat"}), found.config(found.best)
+    before, after = found.plan.base.with_values({"job.workload": "chat"}), found.plan.config(found.best.values)
     after = after.with_values({"job.workload": "chat"})
     figures = [
         mean(run(config.with_seed(1_000_005 + i)).summary["gpu_s_per_step"] for i in range(2))

@@ -6,7 +6,6 @@ Bokeh is imported where it is used: it comes with the extra `report`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,50 +125,25 @@ def critical_path(frames: Frames) -> pd.DataFrame:
     import pandas as pd
 
     samples, phases = frames.samples, frames.phases.drop_duplicates(["step", "stage"])
-    starts, ends = (phases.pivot_table(index="step", columns="stage", values=name) for name in ("start_s", "end_s"))
-    starts, ends = (times.reindex(columns=["step", *STAGES]) for times in (starts, ends))
+    times = phases.pivot(index="step", columns="stage", values=["start_s", "end_s"])
+    starts, ends = (pd.DataFrame(times[name], columns=["step", *STAGES]) for name in ("start_s", "end_s"))
     known = samples.dropna(subset=["assigned_s", "finished_s"])
     last = known.loc[known.groupby("step")["finished_s"].idxmax()].set_index("step")
-    prepared_s = samples.groupby("step")["prepared_s"].max()
-    rows = []
-    for step in starts.index[starts["step"].notna() & starts["learning"].notna() & starts.index.isin(last.index)]:
-        response, begin_s, end_s = last.loc[step], starts.loc[step, "step"], ends.loc[step, "step"]
-        moments = np.array(
-            [response["assigned_s"], response["finished_s"], prepared_s[step], starts.loc[step, "learning"]]
-        )
-        moments = np.clip(np.fmax.accumulate([begin_s, *moments, end_s]), begin_s, end_s)
-        synced_s = np.fmin(ends.loc[step, "weight_sync"], starts.loc[step, "generation"])
-        sync = [_overlap(a, b, starts.loc[step, "weight_sync"], synced_s) for a, b in pairwise(moments[:3])]
-        parts = np.diff(moments)
-        parts[:2] -= sync
-        about = (str(response["prompt_id"]), str(response["function"]), int(response["response_tokens"]))
-        rows.append((step, sum(sync), *parts, *about))
-    return pd.DataFrame(rows, columns=["step", *CRITICAL, "prompt_id", "function", "response_tokens"])
-
-
-def _overlap(start_s: float, end_s: float, other_start_s: float, other_end_s: float) -> float:
-    """Seconds that two intervals share; none with one that is not known (NaN)."""
-    shared_s = np.minimum(end_s, other_end_s) - np.maximum(start_s, other_start_s)
-    return float(np.nan_to_num(np.maximum(0.0, shared_s)))
-
-
-def generating(frames: Frames) -> pd.Series[int]:
-    """Functions busy with generation between its first and last activity, by step."""
-    import pandas as pd
-
-    phases = frames.phases[frames.phases["stage"] == "generation"]
-    busy = frames.workers[(frames.workers["state"] == "busy") & (frames.workers["stage"] == "generation")]
-    counts = [
-        busy.loc[(busy["start_s"] < end_s) & (busy["end_s"] > start_s), "function"].nunique()
-        for start_s, end_s in zip(phases["start_s"], phases["end_s"], strict=True)
-    ]
-    return pd.Series(counts, index=phases["step"].to_numpy(), dtype=int)
-
-
-def tail_s(samples: pd.DataFrame, share: float = 0.9) -> pd.Series[float]:
-    """Seconds between *share* of a step's responses and its last one, by step."""
-    finished = samples.groupby("step")["finished_s"]
-    return finished.max() - finished.quantile(share)
+    steps = starts.index[starts["step"].notna() & starts["learning"].notna() & starts.index.isin(last.index)]
+    starts, ends, last = starts.loc[steps], ends.loc[steps], last.loc[steps]
+    prepared_s = samples.groupby("step")["prepared_s"].max().loc[steps]
+    bounds_s = (starts["step"], last["assigned_s"], last["finished_s"], prepared_s, starts["learning"], ends["step"])
+    moments_s = np.fmax.accumulate(np.column_stack(bounds_s), axis=1)
+    moments_s = np.clip(moments_s, moments_s[:, :1], ends[["step"]].to_numpy())
+    synced_s = np.fmin(ends[["weight_sync"]].to_numpy(), starts[["generation"]].to_numpy())
+    sync_s = np.minimum(moments_s[:, 1:3], synced_s) - np.maximum(moments_s[:, :2], starts[["weight_sync"]].to_numpy())
+    sync_s = np.nan_to_num(np.maximum(sync_s, 0.0))  # NaN: a step without sync
+    parts_s = np.diff(moments_s, axis=1)
+    parts_s[:, :2] -= sync_s
+    path = pd.DataFrame(np.column_stack([sync_s.sum(axis=1), parts_s]), columns=list(CRITICAL))
+    path.insert(0, "step", steps)
+    about = last[["prompt_id", "function", "response_tokens"]].astype({"prompt_id": str, "function": str})
+    return path.assign(**{name: about[name].to_numpy() for name in map(str, about)})
 
 
 def calls_of(decisions: pd.DataFrame) -> pd.DataFrame:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 
 from simrl.experiments import html_figures
 from simrl.experiments.compare import check_same_work, interval95, row, with_tests
 from simrl.experiments.config import ConfigError, load_config
-from simrl.experiments.explain import ALL, explanation, variants_of
+from simrl.experiments.explain import ALL, Explanation, explanation, variants_of
+from simrl.experiments.plots import actors_of, tail_s_of
 from simrl.experiments.pool import key_of, summaries_of
 from simrl.experiments.run import RunDirectoryError
 from simrl.experiments.statistics import NOT_SHOWN
@@ -39,6 +43,23 @@ NEEDED = (
 """Numbers that a summary must have."""
 LONGEST = 10
 """Rows of the table of the responses that steps waited for longest."""
+
+
+class Term(BaseModel, strict=True):
+    """A bar of a waterfall, a step; by state GPU-seconds only."""
+
+    gpu_s_per_step: FiniteFloat
+    step_s: FiniteFloat | None = None
+
+
+class Explained(BaseModel, strict=True):
+    """What the page shows of an element of `compare --explain`."""
+
+    policy: str
+    baseline: str
+    by_mechanism: dict[str, Term]
+    by_stage: dict[str, Term]
+    by_state: dict[str, Term]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +111,7 @@ class Report:
     baseline: str
     rows: tuple[dict[str, Any], ...] | None
     unpaired: str
-    explained: tuple[Mapping[str, Any], ...]
+    explained: tuple[Explained, ...]
     directories: tuple[Path, ...]
 
 
@@ -172,12 +193,12 @@ def read_report(directories: Sequence[Path], baseline: str | None = None) -> Rep
     reference = baseline or ("verl" if "verl" in labels else labels[0])
     unpaired = _why_unpaired(groups)
     given = [found for directory in directories for found in _explained_in(directory)]
-    same = {(one["policy"], one["baseline"]): one for one in given}
+    same = {(one.policy, one.baseline): one for one in given}
     base = next(group for group in groups if group.label == reference)
     others = [] if unpaired else [group for group in groups if group is not base]
     explained = [
         same.get((group.label, reference))
-        or explanation(group.label, reference, {ALL: group.summaries}, base.summaries).to_dict()
+        or _explained(explanation(group.label, reference, {ALL: group.summaries}, base.summaries))
         for group in others
     ]
     return Report(
@@ -190,7 +211,7 @@ def _read(directory: Path) -> list[ReportedRun]:
         return _read_comparison(directory)
     frames, path = read_frames(directory), directory / "summary.json"
     _check_frames(frames, directory)
-    summary = _json(path) if path.is_file() else _summary_of(frames, directory)
+    summary = _load(path, json.loads) if path.is_file() else _summary_of(frames, directory)
     _check_summary(summary, path)
     held = frames.workers[frames.workers["state"].isin(HOLDING)]
     gpu_s = float((held["gpus"] * (held["end_s"] - held["start_s"])).sum())
@@ -217,7 +238,7 @@ def _read_comparison(directory: Path) -> list[ReportedRun]:
     path, config = directory / "runs.csv", _text(directory / "config.toml")
     found = []
     for values in _csv(path):
-        summary = _nested(values)
+        summary = _nested(values, path)
         _check_summary(summary, path)
         found.append(ReportedRun(directory, summary, None, config))
     if not found:
@@ -225,7 +246,7 @@ def _read_comparison(directory: Path) -> list[ReportedRun]:
     return found
 
 
-def _nested(values: Mapping[str, str]) -> Summary:
+def _nested(values: Mapping[str, str], path: Path) -> Summary:
     """A row of runs.csv as the summary that `flat` made it of."""
     summary: Summary = {"first_epoch": None, "later_epochs": None, **dict.fromkeys(COST)}
     for key, text in values.items():
@@ -235,6 +256,8 @@ def _nested(values: Mapping[str, str]) -> Summary:
             for name in outer:
                 inner[name] = inner.get(name) or {}
                 inner = inner[name]
+                if not isinstance(inner, dict):
+                    raise RunDirectoryError(f"{str(path)!r} has both {key} and {key.removesuffix('.' + last)}")
             inner[last] = text if key == "policy" else _number(text)
     return summary
 
@@ -267,31 +290,38 @@ def _check_summary(summary: Any, path: Path) -> None:
         raise RunDirectoryError(f"{str(path)!r} is not of a run: it names no policy")
     numbers = flat(summary)
     unknown = ("seed", *COST) if path.name == "summary.json" and not path.is_file() else ()
-    for key in NEEDED:
-        if key not in unknown and not isinstance(numbers.get(key), int | float):
-            raise RunDirectoryError(f"{str(path)!r} is not of a run: {key}={numbers.get(key)!r} must be a number")
+    for key in dict.fromkeys((*NEEDED, *COST, *numbers)):
+        value = numbers.get(key)
+        needed = key in NEEDED and key not in unknown
+        if key != "policy" and not (_is_number(value) or (value is None and not needed)):
+            raise RunDirectoryError(f"{str(path)!r} is not of a run: {key}={value!r} must be a number")
 
 
-def _json(path: Path) -> Any:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+Content = TypeVar("Content")
+
+
+def _load(path: Path, parse: Callable[[str], Content]) -> Content:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise RunDirectoryError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, strict=True))
-    except (OSError, ValueError, csv.Error) as error:
-        raise RunDirectoryError(f"{str(path)!r} cannot be read: {error}") from error
+    return _load(path, _rows_of)
+
+
+def _rows_of(text: str) -> list[dict[str, str]]:
+    head, *rows = list(csv.reader(io.StringIO(text), strict=True)) or [[]]
+    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{str(path)!r} cannot be read: {error}") from error
+    return _load(path, str) if path.is_file() else ""
 
 
 def _parameters(directory: Path) -> tuple[Mapping[str, str], ...]:
@@ -299,16 +329,20 @@ def _parameters(directory: Path) -> tuple[Mapping[str, str], ...]:
     return tuple(_csv(path)) if path.is_file() else ()
 
 
-def _explained_in(directory: Path) -> list[Mapping[str, Any]]:
+def _explained_in(directory: Path) -> list[Explained]:
     path = directory / "explain.json"
     if not (directory / "comparison.json").is_file() or not path.is_file():
         return []
-    found = _json(path)
-    if not isinstance(found, list) or not all(
-        isinstance(one, dict) and {"policy", "baseline"} <= set(one) for one in found
-    ):
-        raise RunDirectoryError(f"{str(path)!r} is not of simrl compare --explain")
-    return found
+    try:
+        return TypeAdapter(list[Explained]).validate_json(_text(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(repr, first["loc"])) or "all of it"
+        raise RunDirectoryError(f"{str(path)!r} is not of simrl compare --explain: {where}: {first['msg']}") from None
+
+
+def _explained(found: Explanation) -> Explained:
+    return Explained.model_validate(found.to_dict())
 
 
 def _figures(summary: Summary) -> Summary:
@@ -383,7 +417,7 @@ def _rows(groups: Sequence[Group], base: Group) -> tuple[dict[str, Any], ...]:
     return with_tests([row(named[group.label], named[base.label]) for group in groups], named, base.label)
 
 
-def _by_technique(report: Report, progress: Callable[[int], None] | None) -> list[Mapping[str, Any]]:
+def _by_technique(report: Report, progress: Callable[[int], None] | None) -> list[Explained]:
     """Waterfalls by technique, from simulating the runs' configurations with techniques switched."""
     if report.unpaired:
         raise ConfigError(f"{report.unpaired} (--explain)")
@@ -403,7 +437,7 @@ def _by_technique(report: Report, progress: Callable[[int], None] | None) -> lis
         for label, plan in plans.items()
     }
     return [
-        explanation(group.label, base.label, values[group.label], values[base.label][ALL]).to_dict()
+        _explained(explanation(group.label, base.label, values[group.label], values[base.label][ALL]))
         for group in report.groups
         if group is not base
     ]
@@ -427,18 +461,10 @@ def html_of(report: Report) -> str:
 
     sections = sections_of(report)
     figures = [figure for section in sections for figure in section.figures.values()]
-    shown = [
-        {
-            "title": section.title, "notes": section.notes, "tables": section.tables, "full_width": section.full_width,
-            "figures": [{"title": title, "id": figure.id} for title, figure in section.figures.items()],
-            "texts": [{"title": title, "body": body} for title, body in section.texts.items()],
-        }
-        for section in sections
-    ]  # fmt: skip
-    names = ", ".join(group.label for group in report.groups)
+    names = ", ".join(_labels(report))
     template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        title=f"simrl: {names}", head=_head(report), sections=shown, figures=_embedded(figures), scripts=_scripts()
+        title=f"simrl: {names}", head=_head(report), sections=sections, figures=_embedded(figures), scripts=_scripts()
     )
 
 
@@ -559,23 +585,27 @@ def _interval(value: float, ends: Sequence[float] | None, form: str) -> str:
 
 
 def _more_figures(report: Report) -> Table:
-    kinds: dict[str, tuple[Callable[[Summary], Any], str | None]] = {
-        "step p50, s": (lambda s: s["step_s"]["p50"], ",.2f"),
-        "step p95, s": (lambda s: s["step_s"]["p95"], ",.2f"),
-        "busy share of GPU-s": (lambda s: s["busy_fraction"], ".1%"),
-        "USD/step": (lambda s: s["cost_usd_per_step"], ",.3f"),
-        "USD per 10^6 response tokens": (lambda s: s["cost_usd_per_million_response_tokens"], ",.2f"),
-        "GPU-s/step, paper's measure": (lambda s: s["gpu_s_paper"] / s["steps"], None),
-        "cold starts": (lambda s: s["cold_starts"], ",.0f"),
-        "migrations": (lambda s: s["migrations"], ",.0f"),
-        "responses": (lambda s: s["responses"], ",.0f"),
-        "response tokens": (lambda s: s["response_tokens"], ",.0f"),
-    }
-    rows = [
-        [name, *(_mean([figure(s) for s in group.summaries], form) for group in report.groups)]
-        for name, (figure, form) in kinds.items()
-    ]
-    return Table("More figures", ["", *_labels(report)], rows)
+    """Means over seeds of a key of summary.json; `a/b` is a ratio of two."""
+    kinds = (
+        ("step p50, s", "step_s.p50", ",.2f"),
+        ("step p95, s", "step_s.p95", ",.2f"),
+        ("busy share of GPU-s", "busy_fraction", ".1%"),
+        ("USD/step", "cost_usd_per_step", ",.3f"),
+        ("USD per 10^6 response tokens", "cost_usd_per_million_response_tokens", ",.2f"),
+        ("GPU-s/step, paper's measure", "gpu_s_paper/steps", None),
+        *(
+            (key.replace("_", " "), key, ",.0f")
+            for key in ("cold_starts", "migrations", "responses", "response_tokens")
+        ),
+    )
+    return Table("More figures", ["", *_labels(report)], [_means(report, *kind) for kind in kinds])
+
+
+def _means(report: Report, name: str, key: str, form: str | None = None) -> list[str]:
+    """A row: the mean of a key of each group's summaries."""
+    key, _, per = key.partition("/")
+    rows = [[flat(summary) for summary in group.summaries] for group in report.groups]
+    return [name, *(_mean([one[key] / one[per] if per else one[key] for one in each], form) for each in rows)]
 
 
 def _labels(report: Report) -> list[str]:
@@ -589,17 +619,18 @@ def _why_section(report: Report) -> Section:
     for found in report.explained:
         for part, title in (("by_mechanism", "by technique"), ("by_stage", "by stage"), ("by_state", "by state")):
             for metric, unit in (("gpu_s_per_step", "GPU-s/step"), ("step_s", "s/step")):
-                terms = {name: term[metric] for name, term in (found.get(part) or {}).items() if metric in term}
+                values = {name: getattr(term, metric) for name, term in getattr(found, part).items()}
+                terms = {name: value for name, value in values.items() if value is not None}
                 if terms:
                     means = [s["step_s"]["mean"] if metric == "step_s" else s[metric] for s in base.summaries]
-                    names = (report.baseline, found["policy"])
+                    names = (report.baseline, found.policy)
                     drawn = html_figures.waterfall(*names, float(np.mean(means)), terms, unit)
-                    figures[f"{found['policy']} against {report.baseline}, {unit} {title}"] = drawn
+                    figures[f"{found.policy} against {report.baseline}, {unit} {title}"] = drawn
     notes = [
         "From the baseline's mean to the policy's: falling bars are what it saves there. By stage, 'overlap' is"
         " what stages that overlap or leave gaps add to the sum of theirs; 'none' serves no stage (starts, waits)."
     ]
-    if any(found.get("by_mechanism") for found in report.explained):
+    if any(found.by_mechanism for found in report.explained):
         notes.append(
             "A technique's bar: the mean of what it changes as the only one on and as the last one on;"
             " 'interaction' is what these leave."
@@ -650,13 +681,9 @@ def _last_responses(paths: Mapping[str, Any]) -> Table:
 
 def _gpu_section(report: Report, framed: html_figures.Runs) -> Section:
     """GPU-seconds by state and stage, idle ones by the stage last worked for, and dollars."""
-    rows = []
-    for name, by, keys in (("state", "state", HOLDING), ("stage", "stage", (*STAGES, NO_STAGE))):
-        for key in keys:
-            values = ([s["gpu_s_by"][by][key] / s["steps"] for s in group.summaries] for group in report.groups)
-            rows.append([f"{name} {key}", *map(_mean, values)])
-    rows.append(["all", *(_mean([s["gpu_s_per_step"] for s in g.summaries]) for g in report.groups)])
-    rows.append(["USD/step", *(_mean([s["cost_usd_per_step"] for s in g.summaries], ",.3f") for g in report.groups)])
+    parts = [f"state.{state}" for state in HOLDING] + [f"stage.{stage}" for stage in (*STAGES, NO_STAGE)]
+    rows = [_means(report, part.replace(".", " "), f"gpu_s_by.{part}/steps") for part in parts]
+    rows += [_means(report, "all", "gpu_s_per_step"), _means(report, "USD/step", "cost_usd_per_step", ",.3f")]
     tables = [Table("GPU-seconds a step", ["", *_labels(report)], rows)]
     if framed:
         idle = {label: idle_after(frames) for label, frames in framed.items()}
@@ -697,8 +724,8 @@ def _length_section(framed: html_figures.Runs) -> Section:
 
 
 def _steps_section(framed: html_figures.Runs) -> Section:
-    actors = {label: html_figures.generating(frames) for label, frames in framed.items()}
-    tails = {label: html_figures.tail_s(frames.samples) for label, frames in framed.items()}
+    actors = {label: actors_of(frames) for label, frames in framed.items()}
+    tails = {label: tail_s_of(frames.samples) for label, frames in framed.items()}
     durations = {}
     for label, frames in framed.items():
         steps = frames.phases[frames.phases["stage"] == "step"].set_index("step")

@@ -172,24 +172,36 @@ def lengths(samples: pd.DataFrame, axes: Axes | None = None, *, label: str | Non
 def actors(frames: Frames, axes: Axes | None = None, *, label: str | None = None) -> Axes:
     """Functions that generated in each step: those busy with generation between its first and last activity."""
     axes = _axes(axes)
+    axes.plot(actors_of(frames), marker=".", label=label)
+    axes.set(xlabel="step", ylabel="functions that generate", ylim=(0, None))
+    return axes
+
+
+def actors_of(frames: Frames) -> pd.Series[int]:
+    """Functions busy with generation between its first and last activity, by step."""
+    import pandas as pd
+
     phases = frames.phases[frames.phases["stage"] == "generation"]
     busy = frames.workers[(frames.workers["state"] == "busy") & (frames.workers["stage"] == "generation")]
     counts = [
         busy.loc[(busy["start_s"] < end_s) & (busy["end_s"] > start_s), "function"].nunique()
         for start_s, end_s in zip(phases["start_s"], phases["end_s"], strict=True)
     ]
-    axes.plot(phases["step"], counts, marker=".", label=label)
-    axes.set(xlabel="step", ylabel="functions that generate", ylim=(0, None))
-    return axes
+    return pd.Series(counts, index=phases["step"].to_numpy(), dtype=int)
 
 
 def tail(samples: pd.DataFrame, axes: Axes | None = None, *, share: float = 0.9, label: str | None = None) -> Axes:
     """Seconds of each step's generation between a share of its responses and the last one."""
     axes = _axes(axes)
-    finished = samples.groupby("step")["finished_s"]
-    axes.plot(finished.max() - finished.quantile(share), marker=".", label=label)
+    axes.plot(tail_s_of(samples, share), marker=".", label=label)
     axes.set(xlabel="step", ylabel=f"s from {share:.0%} finished to all", ylim=(0, None))
     return axes
+
+
+def tail_s_of(samples: pd.DataFrame, share: float = 0.9) -> pd.Series[float]:
+    """Seconds between *share* of a step's responses and its last one, by step."""
+    finished = samples.groupby("step")["finished_s"]
+    return finished.max() - finished.quantile(share)
 
 
 def gpu_seconds(

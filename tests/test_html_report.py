@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import re
 import shutil
 import sys
@@ -36,6 +37,7 @@ SMALL = (
 )  # fmt: skip
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert('&lt;b&gt;')</script>"
 POLICIES = ("verl", "rlhfuse", "rlhfless")
+EXPLAINED = '[{"policy": "a", "baseline": "b", "by_mechanism": {}, "by_stage": %s, "by_state": {}}]'
 WORKERS = (
     ("a", 0, 2, "0,1", "cold", None, None, 0.0, 1.0),
     ("a", 0, 2, "0,1", "busy", "decode", "generation", 1.0, 3.0),
@@ -485,6 +487,17 @@ def spoilt(kind: str, good: Path, place: Path) -> None:
             summary.write_text("[]", encoding="utf-8")
         case "summary without numbers":
             summary.write_text(json.dumps({**json.loads(summary.read_text()), "gpu_s": "many"}), encoding="utf-8")
+        case "price of words" | "NaN":
+            bad = {"cost_usd_per_step": "much"} if kind == "price of words" else {"step_s": {"mean": math.nan}}
+            summary.write_text(json.dumps({**json.loads(summary.read_text()), **bad}), encoding="utf-8")
+        case "deep summary":
+            summary.write_text("[" * 100_000, encoding="utf-8")
+        case "long row":
+            with (place / "parameters.csv").open("a", encoding="utf-8") as file:
+                file.write(",".join("abcdefghijkl") + "\n")
+        case "two columns":
+            (place / "comparison.json").write_text("{}", encoding="utf-8")
+            (place / "runs.csv").write_text("policy,step_s,step_s.mean\nverl,1,2\n", encoding="utf-8")
         case "other summary":
             whole = json.loads(summary.read_text())
             summary.write_text(json.dumps({**whole, "gpu_s": whole["gpu_s"] * 1.01}), encoding="utf-8")
@@ -493,6 +506,11 @@ def spoilt(kind: str, good: Path, place: Path) -> None:
         case "broken comparison":
             (place / "comparison.json").write_text("{}", encoding="utf-8")
             (place / "runs.csv").write_text("policy,seed\nverl,0\n", encoding="utf-8")
+        case str() if kind.startswith("["):
+            (place / "comparison.json").write_text("{}", encoding="utf-8")
+            row = pd.json_normalize(json.loads(summary.read_text()))
+            row.to_csv(place / "runs.csv", index=False)
+            (place / "explain.json").write_text(kind, encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -508,9 +526,23 @@ def spoilt(kind: str, good: Path, place: Path) -> None:
         ("broken summary", "summary.json' cannot be read"),
         ("summary of a list", "summary.json' is not of a run: it names no policy"),
         ("summary without numbers", "gpu_s='many' must be a number"),
+        ("price of words", "cost_usd_per_step='much' must be a number"),
+        ("NaN", "step_s.mean=nan must be a number"),
+        ("deep summary", "summary.json' cannot be read"),
+        ("long row", "parameters.csv' cannot be read"),
+        ("two columns", "runs.csv' has both step_s.mean and step_s"),
         ("other summary", "not the same run"),
         ("binary config", "config.toml' cannot be read"),
         ("broken comparison", "runs.csv' is not of a run: nodes=None must be a number"),
+        ("[{", "explain.json' is not of simrl compare --explain: all of it: Invalid JSON"),
+        ("[" * 5000, "all of it: Invalid JSON: recursion limit"),
+        ('[{"baseline": "a"}]', "0.'policy': Field required"),
+        (EXPLAINED % "[1]", "0.'by_stage': Input should be"),
+        (
+            EXPLAINED % '{"learning": {"gpu_s_per_step": "much"}}',
+            "0.'by_stage'.'learning'.'gpu_s_per_step': Input should",
+        ),
+        (EXPLAINED % '{"learning": {"gpu_s_per_step": NaN}}', "0.'by_stage'.'learning'.'gpu_s_per_step': Input should"),
     ],
 )
 def test_what_is_no_run_is_refused_in_a_line(

@@ -23,6 +23,7 @@ class Replacements:
         self.starts = {start.function: start for start in starts}
         self.names: dict[str, None] = {}  # lost at some time
         self.absent: dict[str, None] = {}  # lost, and not started anew
+        self.present = tuple(self.starts)  # not absent, those too that wait, or were never started
         self.started: tuple[str, ...] = ()  # anew, in this call
 
     def restart(self, observation: Observation) -> list[Decision]:
@@ -32,6 +33,9 @@ class Replacements:
         for them.
         """
         lost = lost_functions(observation)
+        if not lost and not self.absent:
+            self.started = ()
+            return []
         self.names.update(dict.fromkeys(lost))
         self.absent.update(dict.fromkeys(lost))
         up = nodes_that_are_up(observation) if self.absent else set()
@@ -41,11 +45,8 @@ class Replacements:
             self.started = tuple(dict.fromkeys((*self.started, *lost)))
         for name in self.started:
             del self.absent[name]
+        self.present = tuple(name for name in self.starts if name not in self.absent)
         return [self.starts[name] for name in self.started]
-
-    def present(self) -> tuple[str, ...]:
-        """Functions that are not absent, those too that wait, or were never started."""
-        return tuple(name for name in self.starts if name not in self.absent)
 
     def at_work(self, observation: Observation, names: Sequence[str]) -> tuple[str, ...]:
         """Those of *names* that are not being replaced, or all of them if there are none."""
@@ -61,7 +62,7 @@ class Replacements:
 
         If none can go on, they go to the replacements, or else to those of *names* that wait for weights.
         """
-        responses = lost_responses(observation)
+        responses = lost_responses(observation) if self.names else ()
         if not responses:
             return []
         targets = self.able(observation, names, responses)

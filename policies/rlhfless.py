@@ -153,7 +153,7 @@ class RLHFless:
         decisions = self.replacements.restart(observation)
         if not responses:
             return decisions
-        started = [name for name in self.replacements.present() if name not in self.pending_starts]
+        started = [name for name in self.replacements.present if name not in self.pending_starts]
         able = self.replacements.able(observation, started, responses)
         actors = [function for function in able if function.name in self.actors]
         awake = [function for function in able if function.name not in self.parked]
@@ -171,7 +171,7 @@ class RLHFless:
         """Which functions there are, or could be started."""
         up = nodes_that_are_up(observation)
         waiting = {name for name, start in self.pending_starts.items() if start.node not in up}
-        self.functions = tuple(name for name in self.replacements.present() if name not in waiting)
+        self.functions = tuple(name for name in self.replacements.present if name not in waiting)
         self.learners = tuple(name for name in self.functions if "learn" in self.replacements.starts[name].roles)
         node_of = {name: self.replacements.starts[name].node for name in self.learners}
         beside = [name for name in self.learners if node_of[name] == node_of[self.learners[0]]]

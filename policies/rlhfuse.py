@@ -66,7 +66,7 @@ class RLHFuse:
         if not self.functions:
             decisions += self.set_up(observation)
         if decisions or lost_functions(observation):
-            self.functions = self.replacements.present()
+            self.functions = self.replacements.present
         for event in observation.events:
             match event:
                 case StepStarted(prompts=prompts):

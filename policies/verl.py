@@ -59,7 +59,7 @@ class Verl:
             starts = self.starts(observation)
             self.replacements = Replacements(starts)
             decisions += [*starts, Subscribe(StageFinished("generation")), Subscribe(StageFinished("preparation"))]
-        self.functions = self.replacements.present()
+        self.functions = self.replacements.present
         for event in observation.events:
             match event:
                 case StepStarted(prompts=prompts):

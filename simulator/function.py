@@ -127,8 +127,10 @@ class SimFunction(ClusterFunction):
         load = self.cluster.costs.movement.wake_load(self.gpus, self.roles, self.learner_world(), awake)
         return self._move(load, self.links.from_host)
 
-    def _engines_awake(self) -> int:
-        """On its node, its own included."""
+    def _engines_awake(self) -> int | None:
+        """On its node, its own included; None where that makes no difference."""
+        if not self.cluster.costs.movement.wakes_side_by_side:
+            return None
         there = (f for f in self.cluster.functions.values() if isinstance(f, SimFunction) and f.node == self.node)
         return sum(function.engine_awake and function.state is not State.GONE for function in there)
 

@@ -341,9 +341,10 @@ class Learning:
         if not len(tokens):
             return 0.0
         lengths = np.asarray(tokens, dtype=np.float64)
+        score_s = functools.cache(lambda model, head: self.score_s(Scorer(model, head, True), lengths, gpus))
         seconds = 0.0
         for scorer in self.scorers():
-            seconds += self.score_s(scorer, lengths, gpus)
+            seconds += score_s(scorer.model, scorer.head)
             if not (loaded or scorer.loaded):
                 seconds += scorer.model.weight_bytes() / gpus / self.node.host_bytes_per_s
         return max(seconds, self._rules_s(len(tokens)))

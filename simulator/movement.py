@@ -31,7 +31,12 @@ class Movement:
         node: The machines' type.
         parameters: Where constants come from.
         eager: Engines launch kernel by kernel: nothing to compile or capture.
+
+    Attributes:
+        wakes_side_by_side: Engines that wake on one node are slower the more there are.
     """
+
+    wakes_side_by_side = False
 
     def __init__(self, memory: Memory, node: NodeType, parameters: Parameters, *, eager: bool) -> None:
         self.memory, self.node, self._number, self._eager = memory, node, parameters.number, eager

@@ -44,6 +44,8 @@ class ProfiledCosts:
         ValueError: the job is PPO, or a limit is larger than that of the profiled engine.
     """
 
+    wakes_side_by_side = True  # as `Movement`'s
+
     def __init__(
         self,
         job: Job,

@@ -220,18 +220,13 @@ def _node_seconds(workers: pd.DataFrame, price: Price) -> float:
     A node that was lost and has returned is another machine.
     """
     lost = workers["state"] == LOST
-    there, gone = workers[~lost], workers[lost & (workers["function"] == "")]
-    held_s = [_machine_seconds(rows, gone[gone["node"] == node]) for node, rows in there.groupby("node")]
-    return float(np.maximum(np.concatenate(held_s), price.minimum_s).sum())
-
-
-def _machine_seconds(intervals: pd.DataFrame, absences: pd.DataFrame) -> Seconds:
-    """How long each machine was used that stood in a node's place."""
-    lost_s = np.sort(absences["start_s"].to_numpy(dtype=float))
-    machine = np.searchsorted(lost_s, intervals["start_s"].to_numpy(dtype=float), side="right")
-    by_machine = intervals.groupby(machine)
-    seconds: Seconds = (by_machine["end_s"].max() - by_machine["start_s"].min()).to_numpy(dtype=float)
-    return seconds
+    there, gone = workers[~lost].assign(machine=0), workers[lost & (workers["function"] == "")]
+    for node, absences in gone.groupby("node"):
+        on_node = there["node"] == node
+        lost_s = np.sort(absences["start_s"].to_numpy(dtype=float))
+        there.loc[on_node, "machine"] = np.searchsorted(lost_s, there.loc[on_node, "start_s"], side="right")
+    machines = there.groupby(["node", "machine"])
+    return float((machines["end_s"].max() - machines["start_s"].min()).clip(lower=price.minimum_s).sum())
 
 
 def _gpu_lease_seconds(workers: pd.DataFrame, price: Price) -> float:

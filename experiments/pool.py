@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any, TypeVar
 
@@ -39,22 +40,30 @@ def map_on_cores(
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers <= 1:
         return [_told(function(job), 100 * done // len(jobs), progress) for done, job in enumerate(jobs, 1)]
-    before = set(multiprocessing.active_children())
-    # Spawned, as a forked copy of a process with threads may hang.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+    with spawned_pool(workers) as pool:
         futures = [pool.submit(function, job) for job in jobs]
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                _told(future.result(), 100 * done // len(jobs), progress)
-        except BaseException:  # Ctrl-C too
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in set(multiprocessing.active_children()) - before:
-                child.terminate()
-            raise
+        for done, future in enumerate(as_completed(futures), 1):
+            _told(future.result(), 100 * done // len(jobs), progress)
         return [future.result() for future in futures]
 
 
-def start_worker() -> None:
+@contextmanager
+def spawned_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with the block, whatever ends it: after an error or Ctrl-C they would finish their jobs first.
+
+    Spawned, as a forked copy of a process with threads may hang.
+    """
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+
+
+def _start_worker() -> None:
     """Ctrl-C is the parent's business, and a worker ends with its parent, whatever ended that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -23,7 +23,7 @@ import numpy as np
 
 from simrl.experiments import toml_text
 from simrl.experiments.config import Config, ConfigError, Given, Layer, config_toml, resolve
-from simrl.experiments.run import RunDirectoryError, check_directory, write_directory
+from simrl.experiments.kept import KeptRuns, open_directory, replace_file, write_json
 from simrl.experiments.statistics import compare_paired, interval95, split_variance
 from simrl.experiments.sweep_engines import Outcome, code_version, on_processes, on_ray
 from simrl.policies.registry import load_policy_class
@@ -370,7 +370,7 @@ def run_sweep(
     """
     _check_options(engine, jobs, ray_address)
     notes = [] if directory is None else _open(directory, design, resume)
-    kept = _Kept(cache or (directory / "runs" if directory else None))
+    kept = KeptRuns(cache or (directory / "runs" if directory else None))
     # All cells of a seed together: they share their draws.
     tasks = [(cell, seed) for seed in range(design.seeds) for cell in range(len(design.cells))]
     configs = {task: design.cells[task[0]].config.with_seed(design.base.seed + task[1]) for task in tasks}
@@ -431,8 +431,8 @@ def _finish(
     result = SweepResult(design, frame, statistics, tuple(failures), tuple(warnings), computed, directory)
     if directory is not None:
         _write_frame(directory, frame)
-        _write_json(directory / "failures.json", failures)
-        _write_json(directory / "statistics.json", result.to_dict())
+        write_json(directory / "failures.json", failures)
+        write_json(directory / "statistics.json", result.to_dict())
     return result
 
 
@@ -452,83 +452,18 @@ def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
 
 
-class _Kept:
-    """Outcomes of runs that succeeded, a file each, complete as soon as it is there."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-
-    def get(self, key: str) -> Outcome | None:
-        if self.folder is None:
-            return None
-        try:
-            outcome: Outcome = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # ValueError: a machine that lost its power leaves empty files
-            return None
-        return outcome
-
-    def put(self, key: str, outcome: Outcome) -> None:
-        if self.folder is not None and "error" not in outcome:
-            _write_json(self.folder / f"{key}.json", outcome)
-
-
 def _open(directory: Path, design: Design, resume: bool) -> list[str]:
     """Make the directory of a sweep, or check that it is this one's; what to say of it."""
     about = {"code_version": code_version(), **design.identity()}
-    if not (resume and directory.is_dir() and any(directory.iterdir())):
-        check_directory(directory)
-
-        def write(place: Path) -> None:
-            (place / "config.toml").write_text(config_toml(design.base), encoding="utf-8")
-            _write_json(place / "sweep.json", about)
-
-        write_directory(directory, write)
-        return []
-    try:
-        before = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))
-        different = [name for name in about if name != "code_version" and before.get(name) != about[name]]
-    except (OSError, ValueError, AttributeError):
-        raise RunDirectoryError(f"output {str(directory)!r} is not the directory of a sweep (--resume)") from None
-    if different:
-        raise RunDirectoryError(
-            f"output {str(directory)!r} is of another sweep: its {' and '.join(different)} differ (--resume)"
-        )
-    for left in directory.glob(".*.tmp"):  # of a sweep that was killed while it wrote
-        left.unlink()
-    if before.get("code_version") == about["code_version"]:
-        return []
-    _write_json(directory / "sweep.json", about)
-    return [f"the code has changed since {str(directory)!r} was begun: runs of before are done again"]
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let *write* fill a file that takes the name *path* when it is complete.
-
-    Raises:
-        RunDirectoryError: it cannot be written.
-    """
-    path = path.absolute()
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(hidden)
-        hidden.replace(path)
-    except BaseException as error:  # Ctrl-C too
-        with contextlib.suppress(OSError):
-            hidden.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise RunDirectoryError(f"{str(path)!r} cannot be written: {reason} (--output)") from error
-        raise
-
-
-def _write_json(path: Path, document: object) -> None:
-    _replace(path, lambda hidden: hidden.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8"))
+    renewed = open_directory(
+        directory, "sweep", "sweep.json", design.base, about, resume=resume, renewable=["code_version"]
+    )
+    return [f"the code has changed since {str(directory)!r} was begun: runs of before are done again"] * renewed
 
 
 def _write_frame(directory: Path, frame: pd.DataFrame) -> None:
     if len(frame):
-        _replace(directory / RESULTS, lambda hidden: frame.to_parquet(hidden, index=False))
+        replace_file(directory / RESULTS, lambda hidden: frame.to_parquet(hidden, index=False))
 
 
 # --- tables ---

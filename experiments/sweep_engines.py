@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
-import multiprocessing
 import traceback
 from collections.abc import Generator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from typing import Any
 
 import simrl
 from simrl.experiments.config import Config
-from simrl.experiments.pool import start_worker
+from simrl.experiments.pool import spawned_pool
 from simrl.experiments.run import Work, drawn_work, run
 
 ATTEMPTS = 3  # of a run whose process dies
@@ -107,10 +106,7 @@ def _alone(key: str, job: str) -> Outcome:
 
 def _one_pool(jobs: Mapping[str, str], processes: int) -> Generator[tuple[str, Outcome | None], None, None]:
     """Outcomes until all are there or a process dies; then None for those that were under way."""
-    before = set(multiprocessing.active_children())
-    # Spawned: a forked copy of a process with threads may hang.
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn"), start_worker)
-    try:
+    with spawned_pool(min(processes, len(jobs))) as pool:
         queue, pending = list(jobs.items())[::-1], dict[Future[Outcome], str]()
         broken = False
         while True:
@@ -130,10 +126,6 @@ def _one_pool(jobs: Mapping[str, str], processes: int) -> Generator[tuple[str, O
                 except BrokenProcessPool:
                     broken = True
                     yield key, None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()  # after an error or Ctrl-C it would finish its run first
 
 
 # --- Ray ---

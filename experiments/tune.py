@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import time
 import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -26,12 +24,12 @@ import numpy as np
 
 from simrl.experiments import plots, toml_text
 from simrl.experiments.config import Config, ConfigError, config_toml
-from simrl.experiments.pool import start_worker
-from simrl.experiments.run import RunDirectoryError, write_directory
+from simrl.experiments.kept import KeptRuns, open_directory
+from simrl.experiments.pool import spawned_pool
 from simrl.experiments.statistics import compare_paired
 from simrl.experiments.sweep import Axis, design_sweep, key_of
 from simrl.experiments.sweep_engines import Outcome, code_version, run_cell
-from simrl.experiments.tune_report import MIN_FOR_IMPORTANCE, UNITS, write_outputs, write_text
+from simrl.experiments.tune_report import MIN_FOR_IMPORTANCE, UNITS, write_outputs
 from simrl.policies.registry import load_policy_class, params_class
 from simrl.traces.lengths import workload_names
 from simrl.traces.parameters import check_known
@@ -240,10 +238,10 @@ def _workloads(names: str | None, own: str) -> list[str]:
 
 
 class Runs:
-    """Outcomes of runs, each done once; those that succeed are kept in *folder*, if there is one."""
+    """Outcomes of runs, each done once."""
 
-    def __init__(self, folder: Path | None, each: Callable[..., Any], tick: Callable[[int], None]) -> None:
-        self.folder, self.each, self.tick = folder, each, tick
+    def __init__(self, kept: KeptRuns, each: Callable[..., Any], tick: Callable[[int], None]) -> None:
+        self.kept, self.each, self.tick = kept, each, tick
         self.known: dict[str, Outcome] = {}
         self.computed = 0
 
@@ -251,16 +249,14 @@ class Runs:
         """In the order of *configs*."""
         keys = [key_of(config) for config in configs]
         for key in keys:
-            with suppress(FileNotFoundError, ValueError):  # ValueError: a power loss leaves empty files
-                if self.folder is not None and key not in self.known:
-                    self.known[key] = json.loads((self.folder / f"{key}.json").read_text("utf-8"))
+            if key not in self.known and (outcome := self.kept.get(key)) is not None:
+                self.known[key] = outcome
         jobs = {k: c.model_dump_json() for k, c in zip(keys, configs, strict=True) if k not in self.known}
         self.tick(len(keys) - len(jobs))
         for key, outcome in zip(jobs, self.each(run_cell, jobs.values()), strict=True):
             self.known[key] = outcome
             self.computed += 1
-            if self.folder is not None and "error" not in outcome:
-                write_text(self.folder / f"{key}.json", json.dumps(outcome, indent=2) + "\n")
+            self.kept.put(key, outcome)
             self.tick(1)
         return [self.known[key] for key in keys]
 
@@ -576,20 +572,12 @@ def tune(
         warnings.filterwarnings("ignore", module="optuna")  # of what is new in optuna, and of importances of one target
         each: Callable[..., Any] = map
         if jobs > 1:
-            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
-            stack.callback(_end, pool, set(multiprocessing.active_children()))
-            each = pool.map
-        runs = Runs(None if directory is None else directory / "runs", each, _ticker(plan, progress))
+            each = stack.enter_context(spawned_pool(jobs)).map
+        runs = Runs(KeptRuns(directory / "runs" if directory else None), each, _ticker(plan, progress))
         found = _searched(plan, runs)
         if directory is not None:
             write_outputs(found, directory)
     return found
-
-
-def _end(pool: ProcessPoolExecutor, before: set[Any]) -> None:
-    pool.shutdown(wait=False, cancel_futures=True)
-    for child in set(multiprocessing.active_children()) - before:
-        child.terminate()  # after an error or Ctrl-C it would finish its run first
 
 
 def _searched(plan: Plan, runs: Runs) -> Tuning:
@@ -633,22 +621,4 @@ def _open(directory: Path, plan: Plan, resume: bool) -> None:
         "trial_steps": plan.steps,
         "searched": {dimension.axis.path: str(dimension) for dimension in plan.dimensions},
     }  # but not the budget: more trials continue a search
-    if not (resume and directory.is_dir() and any(directory.iterdir())):
-
-        def write(place: Path) -> None:
-            (place / "config.toml").write_text(config_toml(plan.base), encoding="utf-8")
-            (place / "tune.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-        write_directory(directory, write)
-        return
-    try:
-        before = json.loads((directory / "tune.json").read_text(encoding="utf-8"))
-        different = [name for name in about if before.get(name) != about[name]]
-    except (OSError, ValueError, AttributeError):
-        raise RunDirectoryError(f"output {str(directory)!r} is not the directory of a search (--resume)") from None
-    if different:
-        raise RunDirectoryError(
-            f"output {str(directory)!r} is of another search: its {' and '.join(different)} differ (--resume)"
-        )
-    for left in directory.rglob(".*.tmp"):  # of a search that was killed while it wrote
-        left.unlink()
+    open_directory(directory, "search", "tune.json", plan.base, about, resume=resume)

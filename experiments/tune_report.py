@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from simrl.experiments import plots, toml_text
 from simrl.experiments.config import full_policy_params
+from simrl.experiments.kept import write_json, write_text
 from simrl.experiments.statistics import NOT_SHOWN
 from simrl.traces.trace import whole_file
 
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 UNITS = {"step_s": "s/step", "gpu_s_per_step": "GPU-s/step"}
 MIN_FOR_IMPORTANCE = 20
 """Complete trials: optuna's manual wants 5 in the best quarter, which importance looks at."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """A whole file or none.
-
-    Raises:
-        TraceError: the place cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write_text(text, encoding="utf-8")
 
 
 def layer_toml(found: Tuning, trial: Trial) -> str:
@@ -60,7 +50,7 @@ def write_outputs(found: Tuning, directory: Path) -> None:
             write_text(directory / "front" / f"trial-{trial.number}.toml", layer_toml(found, trial))
     _draw(found, directory / ("front.png" if is_front else "history.png"))
     _write_journal(found.study, directory / "journal.log")
-    write_text(directory / "summary.json", json.dumps(found.to_dict(), indent=2) + "\n")
+    write_json(directory / "summary.json", found.to_dict())
 
 
 def _write_journal(study: optuna.Study, path: Path) -> None:
